@@ -1,4 +1,4 @@
-"""Sets up a team's Prefect server: work pools, deployments, and an automation that finishes the runs of dead workers.
+"""Sets up a team's Prefect server: work pools, deployments, and automations that finish the runs of dead workers.
 
 `python -m flows.deploy REPOSITORY BRANCH [POOL=TYPE…]` uses the server of PREFECT_API_URL. It can run again after an
 upgrade. Without pools, it sets up those of infra/compose.yaml. A type is the name that Prefect has for the workers'
@@ -31,7 +31,7 @@ from prefect.workers.utilities import (
     get_default_base_job_template_for_infrastructure_type,
 )
 
-from flows.pool import reproduce_on_pool, trial_on_pool
+from flows.pool import WORKER_DIED, reproduce_on_pool, trial_on_pool
 from flows.runtime.scratch import EXPECTED
 from lotlip.core.section import ConfigError, nearest
 
@@ -41,7 +41,8 @@ FLOWS = (reproduce_on_pool, trial_on_pool)
 HEARTBEAT = "prefect.flow-run.heartbeat"
 ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
 SILENCE = timedelta(seconds=90)  # three heartbeats of infra/compose.yaml's workers
-AUTOMATION = "Reschedule runs whose worker died"
+MARKING = "Mark runs whose worker died"
+RESCHEDULING = "Reschedule runs whose worker died"
 
 
 @dataclass(frozen=True)
@@ -133,23 +134,49 @@ def deploy(repository: str, branch: str, pools: Sequence[Pool]) -> list[str]:
 
 
 def reschedule_runs_of_dead_workers() -> None:
-    """Creates the automation by which another worker starts a run whose worker has been silent for SILENCE."""
-    automation = Automation(
-        name=AUTOMATION,
-        description="A worker that was killed cannot report it; another worker of the pool takes the run.",
-        trigger=EventTrigger(
-            after={HEARTBEAT},
-            expect={HEARTBEAT, *(f"prefect.flow-run.{end}" for end in ENDS)},
-            match={"prefect.resource.id": ["prefect.flow-run.*"]},
-            for_each={"prefect.resource.id"},
-            posture=Posture.Proactive,
-            threshold=1,
-            within=SILENCE,
-        ),
-        actions=[ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message="its worker died")],
+    """Creates the automations by which another worker starts a run whose worker has been silent for SILENCE.
+
+    The first one marks the run as crashed, which the server refuses for a run that has ended: its last event may be
+    late, or lost with a restored database. The second one schedules the runs that were marked.
+    """
+    run = {"prefect.resource.id": ["prefect.flow-run.*"]}
+    silence = EventTrigger(
+        after={HEARTBEAT},
+        expect={HEARTBEAT, *(f"prefect.flow-run.{end}" for end in ENDS)},
+        match=run,
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=SILENCE,
     )
+    marked = EventTrigger(
+        expect={f"prefect.flow-run.{WORKER_DIED}"},
+        match=run,
+        for_each={"prefect.resource.id"},
+        posture=Posture.Reactive,
+        threshold=1,
+    )
+    _create_or_update(
+        Automation(
+            name=MARKING,
+            description="A worker that was killed cannot report it.",
+            trigger=silence,
+            actions=[ChangeFlowRunState(state=StateType.CRASHED, name=WORKER_DIED, message="its worker is silent")],
+        )
+    )
+    _create_or_update(
+        Automation(
+            name=RESCHEDULING,
+            description="Another worker of the pool takes the run.",
+            trigger=marked,
+            actions=[ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message="its worker died")],
+        )
+    )
+
+
+def _create_or_update(automation: Automation) -> None:
     try:
-        existing = Automation.read(name=AUTOMATION)
+        existing = Automation.read(name=automation.name)
     except ValueError:
         automation.create()
         return

@@ -24,6 +24,7 @@ from lotlip.config.params import Params, load_params
 BRANCHES = "runs"  # a run's dvc.lock is on the branch runs/<name of the flow run>
 # Commits of workers, whose user has no name.
 IDENTITY = ("-c", "user.name=lotlip", "-c", "user.email=lotlip@localhost")
+WORKER_DIED = "WorkerDied"  # name of the state of a crashed run that the server schedules again (flows.deploy)
 LINES = 2000  # of a trial's output, in which the reason of a failure is searched
 
 

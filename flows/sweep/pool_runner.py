@@ -26,7 +26,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelling, State
 
-from flows.pool import trial_on_pool
+from flows.pool import WORKER_DIED, trial_on_pool
 from flows.runtime.scratch import StageFailed
 from flows.sweep.runners import TrialRunner
 from flows.sweep.trials import Sweep, Trial
@@ -169,7 +169,7 @@ class FlowRuns:
             sort=FlowRunSort.EXPECTED_START_TIME_DESC,
             limit=RUNS,
         )
-        run = next((run for run in runs if run.state and not run.state.is_final()), None)
+        run = next((run for run in runs if run.state and not _has_ended(run.state)), None)
         if run is None:
             run = client.create_flow_run_from_deployment(
                 self.deployment,
@@ -189,7 +189,7 @@ class FlowRuns:
     def _wait(self, client: SyncPrefectClient, run: UUID, out_of_time: Callable[[], bool]) -> State | None:
         while True:
             found = client.read_flow_run(run)
-            if found.state and found.state.is_final():
+            if found.state and _has_ended(found.state):
                 return found.state
             if found.state and found.state.is_scheduled() and not found.run_count and out_of_time():
                 if run in self._own:
@@ -197,6 +197,10 @@ class FlowRuns:
                 return None
             if self._stopping.wait(POLL_SECONDS):
                 raise StageFailed("the sweep was stopped")
+
+
+def _has_ended(state: State) -> bool:
+    return state.is_final() and state.name != WORKER_DIED  # which is scheduled again
 
 
 def _cancel(client: SyncPrefectClient, run: UUID) -> None:

@@ -19,9 +19,10 @@ from dvc.stage import cache
 from prefect.client.schemas.objects import WorkPoolStatus
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelled, Completed, Failed, Running, Scheduled, State
+from prefect.states import Cancelled, Completed, Crashed, Failed, Running, Scheduled, State
 
 from flows import deploy, pool
+from flows.pool import WORKER_DIED
 from flows.runtime.dvc import cache_trainings
 from flows.runtime.scratch import StageFailed
 from flows.sweep import pool_runner
@@ -291,6 +292,20 @@ def test_an_unfinished_flow_run_of_another_sweep_is_shared_and_not_cancelled(ser
         mine.run("m1", {}, never)
     assert list(server.runs.values()) == [other]
     assert other.state.is_running()
+
+
+def test_a_flow_run_whose_worker_died_is_waited_for(server: Server):
+    dead = Crashed(name=WORKER_DIED)
+    run = server.add("m1", dead, "sweep.other", run_count=1)
+
+    def work(run: SimpleNamespace) -> None:
+        run.state = Scheduled() if run.state == dead else Completed()
+
+    server.polled = work
+    done = FlowRuns(server.deployment, "sweep.mine").run("m1", {}, never)
+    assert done is not None
+    assert done.is_completed()
+    assert list(server.runs.values()) == [run]
 
 
 def test_stopping_cancels_own_flow_runs_of_this_and_of_a_killed_sweep(server: Server):

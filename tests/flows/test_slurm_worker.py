@@ -8,13 +8,15 @@ import secrets
 import shlex
 import shutil
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
 
-from flows.deploy import AUTOMATION, HEARTBEAT
+from flows.deploy import HEARTBEAT, MARKING
 from tests.machines import NAMES, Machine, need, wait_until
 from tests.slurm import PROGRAMS, slurm
 from tests.tiny_pipeline import ROOT, smallest
@@ -26,6 +28,7 @@ ADDRESS = f"http://{NAMES[0]}:4200/api"
 RUN = "blue-fox"
 HEARTBEATS = 30  # seconds between them, the least that Prefect allows
 SILENCE = 45  # seconds, in place of flows.deploy's, until a run is given to another worker
+LEAST = 10  # seconds, the least that Prefect allows for it
 ASK = """
 import base64, os, sys, urllib.request
 method, path, body = sys.argv[1:]
@@ -84,15 +87,29 @@ class Server:
         (run,) = self.ask("POST", "/flow_runs/filter", {"flow_runs": {"name": {"any_": [RUN]}}})
         return run["state"]["name"], run["run_count"]
 
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Returns the events with a name."""
+        found: dict[str, Any] = self.ask("POST", "/events/filter", {"filter": {"event": {"name": [name]}}})
+        return list(found["events"])
+
     def has_heartbeat(self) -> bool:
         """Whether the run has reported that it runs, which the automation waits for."""
-        found = self.ask("POST", "/events/filter", {"filter": {"event": {"name": [HEARTBEAT]}}})
-        return bool(found["events"])
+        return bool(self.events(HEARTBEAT))
+
+    def repeat_heartbeat(self) -> None:
+        """Sends a heartbeat of the run again, as if the events after it were lost."""
+        event = self.events(HEARTBEAT)[0] | {"id": str(uuid4()), "occurred": datetime.now(UTC).isoformat()}
+        kept = ("id", "occurred", "event", "resource", "related", "payload")
+        self.ask("POST", "/events", [{key: event[key] for key in kept}])
+
+    def refusals(self) -> list[str]:
+        """Why changes of a run's state by automations were refused."""
+        failed = self.events("prefect.automation.action.failed")
+        return [event["payload"]["reason"] for event in failed]
 
     def change_silence(self, seconds: float) -> float:
         """Changes how long the automation waits for a silent worker, and returns how long it did before."""
-        (found,) = self.ask("POST", "/automations/filter", {})
-        assert found["name"] == AUTOMATION
+        (found,) = (one for one in self.ask("POST", "/automations/filter", {}) if one["name"] == MARKING)
         before = found["trigger"]["within"]
         found["trigger"]["within"] = seconds
         kept = ("name", "description", "enabled", "trigger", "actions")
@@ -151,6 +168,11 @@ def test_a_run_whose_job_is_cancelled_is_completed_by_the_worker_of_the_next_job
         job, log = submit()
         cluster.wait_for_job(job, log)
         assert server.run() == ("Completed", 2), log.read_text()
+        server.change_silence(LEAST)
+        server.repeat_heartbeat()
+        wait_until(lambda: bool(server.refusals()), cluster.machines[0].logs)
+        assert ["already in terminal state COMPLETED" in reason for reason in server.refusals()] == [True]
+        assert server.run() == ("Completed", 2)
     lock = yaml.safe_load(workspace.run("git", "show", f"runs/{RUN}:dvc.lock").stdout)
     assert list(lock["stages"]) == ["ingest"]
     assert any(path.is_file() for path in (tmp_path / "remote").rglob("*"))
