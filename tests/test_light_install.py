@@ -31,8 +31,7 @@ class Environment:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        hidden = ("PYTHONPATH", "COVERAGE_PROCESS_START")
-        self.variables = {name: value for name, value in os.environ.items() if name not in hidden}
+        self.variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def run(self, program: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         command = [str(self.folder / "bin" / program), *arguments]

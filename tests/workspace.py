@@ -24,13 +24,15 @@ from tests.tiny_pipeline import tiny as tiny  # tests import it from here
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+PROBES = ROOT / "tests" / "probes"
 PREFECT = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_HOME")
 
 
-def traced() -> dict[str, str]:
-    """Settings by which coverage.py traces a program, if the coverage of the tests is measured."""
-    measured = sys.modules.get("tests.measured")
-    return {"COVERAGE_PROCESS_START": str(ROOT / "pyproject.toml"), "COVERAGE_FILE": measured.DATA} if measured else {}
+def measured(environment: dict[str, str]) -> dict[str, str]:
+    """The environment of a fork server whose lines are recorded, if those of the tests are."""
+    if "tests.measured" not in sys.modules:
+        return environment
+    return {**environment, "PYTHONPATH": f"{PROBES}{os.pathsep}{environment['PYTHONPATH']}"}
 
 
 class Workspace:
@@ -154,10 +156,8 @@ def fresh_checkout(prefect_address: dict[str, str], tmp_path_factory: pytest.Tem
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(workspace.folder)
             environment = {**workspace.alone, **prefect_address}
-            # Only forks are traced: tracing doubles the time of imports.
-            workspace.environment = stack.enter_context(fork_server({**environment, **traced()}))
-            for name in traced():
-                del workspace.environment[name]
+            socket = stack.enter_context(fork_server(measured(environment)))[SOCKET]
+            workspace.environment = {**environment, SOCKET: socket}
         yield workspace
 
 
