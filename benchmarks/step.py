@@ -24,8 +24,8 @@ from lotlip.core.files import read_json, write_json
 from lotlip.models.vision.image_tower import build_image_tower, save_image_tower
 from lotlip.models.vision.spec import ImageTowerSpec
 from lotlip.pretrain.engine import initialise_processes
+from lotlip.pretrain.sink import NullSink
 from lotlip.pretrain.trainer import Job, Trainer
-from lotlip.tracking.mlflow import NullSink
 
 # For each variant, whether shards list their vocabulary, so that only the used word embeddings are trained.
 VARIANTS = {"whole table": False, "used rows": True}

@@ -59,6 +59,6 @@ if __name__ == "__main__":
     except Exception as error:  # MLflow raises many types
         if configure_tracebacks():
             raise
-        from lotlip.tracking.mlflow import failure
+        from lotlip.tracking.store import failure
 
         sys.exit(f"error: {failure(os.environ.get('MLFLOW_TRACKING_URI') or load_params().tracking.uri, error)}")

@@ -6,7 +6,7 @@ import sys
 
 from lotlip.pretrain.sink import Sink
 from lotlip.pretrain.trainer import run
-from lotlip.tracking.mlflow import TRACKING_WARNING, open_sink
+from lotlip.tracking.sink import TRACKING_WARNING, open_sink
 
 
 def sink(uri: str, run_id: str | None) -> Sink:

@@ -14,8 +14,8 @@ import torch
 from lotlip.core.files import SCRATCH, sha256_files, write_json
 from lotlip.pretrain import checkpoint
 from lotlip.pretrain.checkpoint import Checkpoints, full_weights
+from lotlip.pretrain.sink import NullSink
 from lotlip.pretrain.trainer import Trainer
-from lotlip.tracking.mlflow import NullSink
 from tests.training import finish, losses, start, tiny_job, train, trainers, wait_for
 
 pytestmark = pytest.mark.usefixtures("forked")  # programs start as forks

@@ -23,8 +23,8 @@ from lotlip.pretrain.config import OptimizerConfig, PretrainConfig
 from lotlip.pretrain.engine import deepspeed_config, initialise_processes, learning_rate_factor, parameter_groups
 from lotlip.pretrain.initialisation import build_for_pretraining
 from lotlip.pretrain.job import Job
+from lotlip.pretrain.sink import NullSink
 from lotlip.pretrain.trainer import Trainer, resolve_pretrained
-from lotlip.tracking.mlflow import NullSink
 from tests.conftest import TinySample, write_shards
 from tests.training import TINY, finish, history, losses, same, split, start, tiny_job, train, weights
 

@@ -18,8 +18,8 @@ from lotlip.core.section import merge
 from lotlip.pretrain.engine import Engine, StepResult
 from lotlip.pretrain.job import Job
 from lotlip.pretrain.loader import Batch
+from lotlip.pretrain.sink import NullSink
 from lotlip.pretrain.trainer import ChanceWatch, Trainer, TrainingStopped
-from lotlip.tracking.mlflow import NullSink
 from tests.processes import have_ended
 from tests.training import (
     DROPOUT,

@@ -159,8 +159,8 @@ def trained_model(
     world: TinyWorld, tmp_path_factory: pytest.TempPathFactory, group: None
 ) -> tuple[Path, TextTokenizer]:
     """Folder of a trained model, and the tokenizer of its training."""
+    from lotlip.pretrain.sink import NullSink
     from lotlip.pretrain.trainer import Trainer
-    from lotlip.tracking.mlflow import NullSink
 
     job = tiny_job(world, tmp_path_factory.mktemp("trained"), {"steps": 2, "text": {"context_length": 48}})
     trainer = Trainer(job, 0, NullSink())

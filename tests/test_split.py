@@ -18,8 +18,8 @@ from lotlip.core.section import merge
 from lotlip.models.saving import load_model
 from lotlip.pretrain.config import OptimizerConfig
 from lotlip.pretrain.engine import initialise_processes
+from lotlip.pretrain.sink import NullSink
 from lotlip.pretrain.trainer import Trainer
-from lotlip.tracking.mlflow import NullSink
 from tests.conftest import TinyWorld
 from tests.training import ROOT, finish, losses, scratch, start, tiny_job, train, weights
 

@@ -27,16 +27,10 @@ from lotlip.core.files import write_json
 from lotlip.core.section import flatten
 from lotlip.evaluate.records import BenchmarkScores
 from lotlip.pretrain.records import Run
-from lotlip.tracking.mlflow import (
-    FINGERPRINT,
-    LONGEST_PARAMETER,
-    MlflowSink,
-    NullSink,
-    Tracker,
-    open_sink,
-    prepare_store,
-    warn_on_failure,
-)
+from lotlip.pretrain.sink import NullSink
+from lotlip.tracking.mlflow import FINGERPRINT, LONGEST_PARAMETER, Tracker
+from lotlip.tracking.sink import MlflowSink, open_sink
+from lotlip.tracking.store import prepare_store, warn_on_failure
 from tests.tiny_model import save_tiny_model
 
 HISTORY = [{"step": step, "loss": 3.0 - step / 10, "learning_rate": 0.1 / step} for step in range(10, 130, 10)]

@@ -13,9 +13,9 @@ import torch
 from lotlip.core.files import read_json
 from lotlip.models.saving import load_model
 from lotlip.pretrain.job import Job
+from lotlip.pretrain.sink import NullSink
 from lotlip.pretrain.trainer import Trainer
 from lotlip.pretrain.word_rows import MAX_SHARE, keep_used_rows
-from lotlip.tracking.mlflow import NullSink
 from tests.conftest import TinyWorld
 from tests.training import losses, near, same, tiny_job, train, weights
 

@@ -17,8 +17,8 @@ from lotlip.core.files import SCRATCH, read_json
 from lotlip.core.section import merge
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.job import Job
+from lotlip.pretrain.sink import NullSink
 from lotlip.pretrain.trainer import Trainer
-from lotlip.tracking.mlflow import NullSink
 from tests.conftest import TEXT, TinyWorld
 
 ROOT = Path(__file__).parent.parent

@@ -19,7 +19,7 @@ from flows.runtime.applications import LOGIN
 from flows.runtime.scratch import SCRATCH, StageFailed
 from flows.runtime.supervisor import end_group, start_group
 from lotlip.core.loopback import HOST, NAMES, basic, origins
-from lotlip.tracking.mlflow import prepare_store
+from lotlip.tracking.store import prepare_store
 
 # Default ports; the environment variables PREFECT_PORT and MLFLOW_PORT override them.
 PORTS = {"prefect": 4200, "mlflow": 5000}

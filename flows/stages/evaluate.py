@@ -96,7 +96,8 @@ def evaluate(ablation: str) -> None:
         for what, reason in problems.items():
             stage.log.warning("evaluate-%s: %s of %s could not be drawn: %s", ablation, what, benchmark, reason)
     with stage.clock.measure("mlflow"):
-        from lotlip.tracking.mlflow import Tracker, warn_on_failure
+        from lotlip.tracking.mlflow import Tracker
+        from lotlip.tracking.store import warn_on_failure
 
         tracking = params.tracking
         with warn_on_failure(tracking.uri, stage.log.warning):

@@ -75,7 +75,9 @@ def pretrain(ablation: str) -> None:
             stage.log.info(line)
 
     with stage.clock.measure("mlflow"):
-        from lotlip.tracking.mlflow import TRACKING_WARNING, Tracker, warn_on_failure
+        from lotlip.tracking.mlflow import Tracker
+        from lotlip.tracking.sink import TRACKING_WARNING
+        from lotlip.tracking.store import warn_on_failure
 
         tracking = params.tracking
         with warn_on_failure(tracking.uri, warn):

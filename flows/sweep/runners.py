@@ -32,7 +32,7 @@ from lotlip.core.stages import STAGES
 from lotlip.data.stage_record import StageRecord
 from lotlip.evaluate.records import AblationScores
 from lotlip.pretrain.records import RUN, Run
-from lotlip.tracking.mlflow import warn_on_failure
+from lotlip.tracking.store import warn_on_failure
 
 DONE, REUSED, FAILED, SKIPPED, WAITING = "done", "reused", "failed", "skipped", "waiting"
 
@@ -74,7 +74,8 @@ class TrialRunner(ABC):
     """
 
     def __init__(self, settings: Sweep, params: Params, snapshot: Snapshot, flow_run: str) -> None:
-        from lotlip.tracking.mlflow import Tracker, failure
+        from lotlip.tracking.mlflow import Tracker
+        from lotlip.tracking.store import failure
 
         self.settings, self.params, self.snapshot, self.flow_run = settings, params, snapshot, flow_run
         # The tracker creates the store, whose artifact folder is relative to the current folder, before any trial does.

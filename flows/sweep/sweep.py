@@ -64,7 +64,7 @@ from lotlip.core.console import INTERRUPTED
 from lotlip.core.files import remove
 from lotlip.core.section import ConfigError
 from lotlip.data.paths import check_inputs
-from lotlip.tracking.mlflow import warn_on_failure
+from lotlip.tracking.store import warn_on_failure
 
 
 @task(name="trial", task_run_name="{name}", cache_policy=NO_CACHE)

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-from lotlip.core.caches import cache_folder, lock
 from lotlip.core.code import ROOT
-from lotlip.core.databases import create_database
 from lotlip.core.files import sha256_files, sha256_json
 from lotlip.core.section import flatten
 from lotlip.core.temporary import temporary_folder
 from lotlip.evaluate.records import BenchmarkScores
 from lotlip.pretrain.records import History, Run, read_history
-from lotlip.pretrain.sink import NullSink, Sink
+from lotlip.tracking.sink import MlflowSink
+from lotlip.tracking.store import exclusive, open_store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,105 +28,8 @@ if TYPE_CHECKING:
 FINGERPRINT = "lotlip.fingerprint"
 CONTENT = "lotlip.content"  # hash of a model's files when they were sent
 NOTE = "mlflow.note.content"  # description on MLflow's pages, in Markdown
-TRACKING_WARNING = "tracking warning: "  # prefix of the line by which a training process reports a tracking failure
-SQLITE = "sqlite:///"  # prefix of the URI of a store in a file
 PAGE = 1000  # runs per request
 LONGEST_PARAMETER = 6000  # MLflow's limit for a parameter's value
-
-
-class MlflowSink:
-    """Sends curves to an MLflow run, several steps at a time, from a separate thread.
-
-    A write to the store takes as long as a training step, and importing MLflow as long as the rest of the start-up.
-
-    Args:
-        uri: of the tracking server or store.
-        run_id: of the run.
-        steps_held: number of steps that are sent at a time.
-        warn: called with one line when the store fails; nothing more is sent afterwards, because tracking must neither
-            end nor delay training. None: `close` raises the error.
-    """
-
-    def __init__(
-        self, uri: str, run_id: str, steps_held: int = 10, warn: Callable[[str], object] | None = None
-    ) -> None:
-        self._uri, self._run_id = uri, run_id
-        self._steps_held, self._warn = steps_held, warn
-        self._held: list[tuple[int, int, dict[str, float]]] = []
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
-        self._error: Exception | None = None
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Records the values of one step; sends the recorded steps when there are enough."""
-        self._held.append((int(time.time() * 1000), step, dict(metrics)))
-        if len(self._held) >= self._steps_held:
-            self._send()
-
-    def close(self) -> None:
-        """Sends the recorded steps and waits until everything has been sent, or sending has failed."""
-        self._send()
-        self._thread.shutdown()
-        if self._error and not self._warn:
-            raise self._error
-
-    def _send(self) -> None:
-        held, self._held = self._held, []
-        if held:
-            self._thread.submit(self._log, held)
-
-    def _log(self, held: list[tuple[int, int, dict[str, float]]]) -> None:
-        if self._error:
-            return
-        try:
-            from mlflow.entities import Metric
-
-            points = [
-                Metric(f"train.{name}", value, when, step)
-                for when, step, metrics in held
-                for name, value in metrics.items()
-            ]
-            _client(self._uri).log_batch(self._run_id, metrics=points)
-        except Exception as error:
-            self._error = error
-            if self._warn:
-                self._warn(failure(self._uri, error))
-
-
-def open_sink(uri: str, run_id: str | None, warn: Callable[[str], object]) -> Sink:
-    """The sink of a training run, which continues if the store fails; without a run, one that does nothing.
-
-    Args:
-        uri: of the tracking server or store.
-        run_id: of the run.
-        warn: called with one line when the store fails.
-    """
-    return MlflowSink(uri, run_id, warn=warn) if run_id else NullSink()
-
-
-def failure(uri: str, error: Exception) -> str:
-    """One line that names the store that failed, the reason, and the command that sends the missing data later."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    user, at, _ = urlsplit(uri).netloc.rpartition("@")
-    if at:  # may contain a password
-        uri, reason = (text.replace(user + at, "") for text in (uri, reason))
-    return (
-        f"MLflow at {uri} failed: {textwrap.shorten(reason, 300)}; only tracking is affected; "
-        "run `python -m flows.restore` to send what is missing"
-    )
-
-
-@contextmanager
-def warn_on_failure(uri: str, warn: Callable[[str], object]) -> Iterator[None]:
-    """Turns a tracking failure in the block into a warning: results are on disk and can be sent later.
-
-    Args:
-        uri: of the tracking server or store; the environment variable MLFLOW_TRACKING_URI overrides it.
-        warn: called with the line.
-    """
-    try:
-        yield
-    except Exception as error:
-        warn(failure(os.environ.get("MLFLOW_TRACKING_URI") or uri, error))
 
 
 class Tracker:
@@ -148,8 +44,8 @@ class Tracker:
     def __init__(self, uri: str, experiment: str, base: PretrainConfig | None = None) -> None:
         self.uri = os.environ.get("MLFLOW_TRACKING_URI") or uri
         self._base = base
-        with _exclusive(self.uri):
-            self._client = _client(self.uri)
+        with exclusive(self.uri):
+            self._client = open_store(self.uri)
             existing = self._client.get_experiment_by_name(experiment)
             self._experiment = existing.experiment_id if existing else self._client.create_experiment(experiment)
         self._tag_experiment({"mlflow.experimentKind": "custom_model_development", NOTE: self._about()})
@@ -410,68 +306,3 @@ class Tracker:
 def _fingerprint_filter(fingerprint: str) -> str:
     """MLflow's filter for a fingerprint."""
     return f"tags.`{FINGERPRINT}` = '{fingerprint}'"
-
-
-@contextmanager
-def _exclusive(uri: str) -> Iterator[None]:
-    """Keeps other programs of this user from opening the same SQLite store during the block.
-
-    MLflow creates the tables of a new store without a lock; if two processes do so at once, both fail.
-    """
-    if not uri.startswith(SQLITE):
-        yield
-        return
-    name = sha256_json(str(Path(uri.removeprefix(SQLITE)).resolve()))[:16]
-    with lock(cache_folder() / f"mlflow-{name}.lock", f"MLflow's store {uri}", wait=True):
-        yield
-
-
-def prepare_store(uri: str) -> None:
-    """Creates MLflow's SQLite file with its tables, or checks the one that exists; other stores are left alone.
-
-    Raises:
-        ValueError: the file is damaged, or is not an SQLite file.
-    """
-    import sqlite3
-
-    path = Path(uri.removeprefix(SQLITE))
-    if not uri.startswith(SQLITE) or "?" in uri or path.name == ":memory:" or path.is_dir():
-        return
-    if not path.exists() or not path.stat().st_size:  # an empty one may be in the middle of its creation
-        # MLflow adds its default experiment, which names a folder for artifacts, when it opens a store that has none
-        create_database(
-            path,
-            f"mlflow-{version('mlflow')}",
-            migrate=lambda new: _open(f"{SQLITE}{new}"),
-            clean="DELETE FROM experiments",
-        )
-    base = sqlite3.connect(path)
-    try:
-        result = base.execute("PRAGMA quick_check(1)").fetchone()
-        problem = "" if result == ("ok",) else str(result[0])
-    except sqlite3.OperationalError:  # locked by another process, so it can be opened
-        problem = ""
-    except sqlite3.DatabaseError as error:
-        problem = str(error)
-    finally:
-        base.close()
-    if problem:
-        raise ValueError(
-            f"{path} is damaged ({' '.join(problem.split())}); rename it and rebuild it with `python -m flows.restore`"
-        )
-
-
-def _client(uri: str) -> MlflowClient:
-    # by default MLflow retries for many minutes to reach a server that has ended
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # seconds
-    # our own warning names the server once; each retry would add a line
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-    prepare_store(uri)
-    return _open(uri)
-
-
-def _open(uri: str) -> MlflowClient:
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)
