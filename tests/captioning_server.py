@@ -38,6 +38,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
             return self.error(401, f"Incorrect API key provided: {self.headers['Authorization']}")
+        if self.server.list_faults:
+            return self.server.list_faults.pop(0)(self)
         if isinstance(self.server.models, int):
             return self.error(self.server.models, "no list")
         models = [{"id": name, "object": "model", "created": 0, "owned_by": "me"} for name in self.server.models]
@@ -167,6 +169,7 @@ class CaptioningServer(ThreadingHTTPServer):
 
     Attributes:
         usage: tokens of a request and of an answer, which each answer states; None: answers state none.
+        list_faults: of the next requests for the list of models.
         requests: bodies of all requests for captions.
         attempts: image → number of attempts.
         max_in_flight: maximum number of simultaneous requests.
@@ -187,6 +190,7 @@ class CaptioningServer(ThreadingHTTPServer):
         self.plan, self.seconds, self.key = plan, seconds, key
         self.models = [MODEL] if models is None else models
         self.usage: tuple[int, int] | None = None
+        self.list_faults: list[Fault] = []
         self.lock = threading.Lock()
         self.requests: list[dict[str, Any]] = []
         self.attempts: Counter[bytes] = Counter()

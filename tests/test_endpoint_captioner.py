@@ -427,6 +427,23 @@ def test_a_server_without_a_model_list_gets_a_trial_request(models):
     assert [is_trial(_image(request)) for request in server.requests] == [True, False, False, False]
 
 
+def test_a_lost_connection_is_tried_once_more():
+    with CaptioningServer(models=["third"]) as server:
+        server.list_faults = [dropped]
+        with pytest.raises(ValueError, match="it has: third"):
+            captioner(server.url).check()
+        server.list_faults = [dropped, dropped]
+        with pytest.raises(ValueError, match="does not respond"):
+            captioner(server.url).check()
+
+
+def test_a_server_may_close_the_connection_after_an_internal_error():
+    with CaptioningServer() as server:
+        server.list_faults = [status(500), dropped, dropped]
+        captioner(server.url).check()
+        assert server.list_faults == [dropped, dropped]
+
+
 def test_a_served_folder_need_not_be_listed(caplog):
     with CaptioningServer(models=["cached/model"]) as server, caplog.at_level(logging.WARNING):
         assert len(list(captioner(server.url, model="/models/llava").caption(records(2)))) == 2

@@ -165,7 +165,7 @@ class EndpointCaptioner:
             if self._checked:
                 return
             with self._client() as client:
-                models = self._models(client.with_options(max_retries=1))
+                models = self._models(client)
                 try:
                     self._send(client, self._trial_request())
                 except openai.APIError as error:
@@ -304,7 +304,7 @@ class EndpointCaptioner:
 
         url, model = self.settings.url, self.settings.model
         try:
-            models = [listed.id for listed in client.models.list().data]
+            models = _list_models(client)
         except openai.APIConnectionError as error:
             raise NonRetryableError(
                 f"{url} does not respond: {self._error_text(error)}; start the server there, or correct `url` of "
@@ -423,13 +423,30 @@ def served_models(url: str) -> list[str]:
     captioner = EndpointCaptioner("init", EndpointCaptionerConfig.model_validate(about), len)
     with captioner._client() as client:
         try:
-            return [model.id for model in client.with_options(max_retries=1).models.list().data]
+            return _list_models(client)
         except openai.APIConnectionError as error:
             raise ConnectionError(f"{url} does not respond: {captioner._error_text(error)}") from None
         except openai.APIStatusError as error:
             if error.status_code in (401, 403):
                 raise captioner._unusable(error, None) from None
             return []
+
+
+def _list_models(client: openai.OpenAI) -> list[str]:
+    """The models that a server lists.
+
+    A lost connection is tried once more. An error is not: the server may close the connection after it.
+
+    Raises:
+        openai.APIError: it does not list them.
+    """
+    import openai
+
+    client = client.with_options(max_retries=0)
+    try:
+        return [model.id for model in client.models.list().data]
+    except openai.APIConnectionError:
+        return [model.id for model in client.models.list().data]
 
 
 def _content(message: Any) -> tuple[str, str]:
