@@ -1,8 +1,7 @@
 """Records which lines of the project a process runs.
 
-SlipCover puts a probe before each line and removes it after the line has run, which costs a few percent of the CPU
-time; the tracer of coverage.py adds 50 to 90 % to these tests. The lines are written as data of coverage.py, which
-combines those of all processes and reports them.
+SlipCover puts a probe before each line, which costs a few percent of the CPU time; the tracer of coverage.py adds 50 to
+90 % to these tests. The lines are written as data of coverage.py, which combines and reports those of all processes.
 """
 
 from __future__ import annotations
@@ -16,6 +15,9 @@ from slipcover import FileMatcher, ImportManager, Slipcover
 
 DATA = "COVERAGE_FILE"
 PACKAGES = ("flows", "lotlip")
+# SlipCover removes a probe that was hit this often. It visits the variables of all threads then, and raises an error in
+# the measured code if one of them changes meanwhile, so probes stay.
+NEVER = 10**9
 
 
 def record(project: Path) -> Callable[[], CoverageData]:
@@ -25,7 +27,7 @@ def record(project: Path) -> Callable[[], CoverageData]:
         A function that writes the lines of this process to a new file beside the one that COVERAGE_FILE names, and
         returns them.
     """
-    probes = Slipcover()
+    probes = Slipcover(d_miss_threshold=NEVER)
     ImportManager(probes, FileMatcher(sources=[project / name for name in PACKAGES])).__enter__()
 
     def write() -> CoverageData:
