@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lotlip.core import databases
 from lotlip.core.databases import create_database
 
 Migrations = list[Path]
@@ -93,10 +94,24 @@ def test_a_failing_copy_leaves_nothing(tmp_path, migrations, monkeypatch):
     def fail(source: Path, target: Path) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("lotlip.core.databases._copy", fail)
+    monkeypatch.setattr(databases, "_copy", fail)
     with pytest.raises(OSError, match="disk full"):
         create(tmp_path / "a.db", migrations)
     assert not (tmp_path / "a.db").exists()
+
+
+def test_an_interrupted_copy_ends_as_interrupted(tmp_path, migrations, monkeypatch):
+    create(tmp_path / "first.db", migrations)
+    copy = databases._copy
+
+    def interrupted(source: Path, target: Path) -> None:
+        copy(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(databases, "_copy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        create(tmp_path / "a.db", migrations)
+    assert content(tmp_path / "a.db") == [[], []]
 
 
 def test_a_database_that_another_program_creates_meanwhile_stays(tmp_path, migrations):

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from lotlip.core.caches import cache_folder, lock, private_folder
-from lotlip.core.files import atomic_write, remove
+from lotlip.core.files import ForeignFileError, atomic_write, remove
 from lotlip.core.temporary import temporary_folder
 
 
@@ -45,7 +45,8 @@ def create_database(path: Path, name: str, migrate: Callable[[Path], object], cl
         try:
             _copy(kept, path)  # one transaction: a kill leaves an empty file, in which its owner creates the tables
         except BaseException:
-            remove(path, ours=_is_empty)
+            with suppress(ForeignFileError):  # not empty: it is complete, or SQLite's journal makes it empty again
+                remove(path, ours=_is_empty)
             raise
 
 
