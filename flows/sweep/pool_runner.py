@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Event, Lock
 from typing import IO, Any
@@ -35,6 +36,7 @@ from lotlip.config.params import Params
 from lotlip.core.section import nearest
 
 POLL_SECONDS = 5
+RESCHEDULED_WITHIN = timedelta(minutes=5)  # after its worker died; later, nothing will do it
 RUNS = 200  # flow runs of a trial
 
 
@@ -200,7 +202,9 @@ class FlowRuns:
 
 
 def _has_ended(state: State) -> bool:
-    return state.is_final() and state.name != WORKER_DIED  # which is scheduled again
+    if state.name == WORKER_DIED and datetime.now(UTC) - state.timestamp < RESCHEDULED_WITHIN:
+        return False
+    return state.is_final()
 
 
 def _cancel(client: SyncPrefectClient, run: UUID) -> None:

@@ -7,6 +7,7 @@ import re
 import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -306,6 +307,21 @@ def test_a_flow_run_whose_worker_died_is_waited_for(server: Server):
     assert done is not None
     assert done.is_completed()
     assert list(server.runs.values()) == [run]
+
+
+def test_a_flow_run_that_is_not_scheduled_again_is_replaced(server: Server):
+    long_ago = datetime.now(UTC) - timedelta(hours=1)
+    dead = server.add("m1", Crashed(name=WORKER_DIED, timestamp=long_ago), "sweep.other", run_count=1)
+    server.polled = ends(Completed())
+    done = FlowRuns(server.deployment, "sweep.mine").run("m1", {}, never)
+    assert done is not None
+    assert done.is_completed()
+    assert len(server.runs) == 2
+    assert dead.state.is_crashed()
+    server.polled = ends(dead.state)
+    failed = FlowRuns(server.deployment, "sweep.mine").run("m2", {}, never)
+    assert failed is not None
+    assert reason(failed) == "its flow run is WorkerDied"
 
 
 def test_stopping_cancels_own_flow_runs_of_this_and_of_a_killed_sweep(server: Server):
