@@ -156,8 +156,8 @@ def fresh_checkout(prefect_address: dict[str, str], tmp_path_factory: pytest.Tem
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(workspace.folder)
             environment = {**workspace.alone, **prefect_address}
-            socket = stack.enter_context(fork_server(measured(environment)))[SOCKET]
-            workspace.environment = {**environment, SOCKET: socket}
+            started = stack.enter_context(fork_server(measured(environment)))
+            workspace.environment = {**started, "PYTHONPATH": environment["PYTHONPATH"]}
         yield workspace
 
 
