@@ -31,7 +31,7 @@ def record(project: Path) -> Callable[[], CoverageData]:
     ImportManager(probes, FileMatcher(sources=[project / name for name in PACKAGES])).__enter__()
 
     def write() -> CoverageData:
-        data = CoverageData(os.environ.get(DATA, str(project / ".coverage")), suffix=True)
+        data = CoverageData(os.environ[DATA], suffix=True)
         files = probes.get_coverage()["files"]  # names are relative to the current folder
         data.add_lines({str(Path.cwd() / name): found["executed_lines"] for name, found in files.items()})
         data.write()
