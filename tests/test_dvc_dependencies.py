@@ -132,6 +132,26 @@ def test_an_edit_makes_only_dependent_stages_stale(file: str, stages: set[str]) 
 
 
 @pytest.mark.slow
+def test_files_that_processes_and_editors_leave_are_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such files come and go: Python writes compiled code under a temporary name, Emacs locks a file with a link."""
+    for package in ("flows", "lotlip"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    ingest = files_of("ingest")
+    monkeypatch.setattr(code, "ROOT", tmp_path)
+    expected = stage_files("ingest")
+    assert [file.relative_to(tmp_path).as_posix() for file in expected] == ingest
+    package = tmp_path / "lotlip" / "ingest"
+    (package / "__pycache__").mkdir()
+    (package / "__pycache__" / "config.cpython-311.pyc").touch()
+    (package / "__pycache__" / "config.cpython-311.pyc.139624169453840").touch()
+    (package / ".#config.py").symlink_to("user@host.1234")
+    (package / ".config.py.swp").touch()
+    assert stage_files("ingest") == expected
+    (package / "words.txt").touch()
+    assert stage_files("ingest") == sorted([*expected, package / "words.txt"])
+
+
+@pytest.mark.slow
 def test_a_parse_disturbed_by_another_thread_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python 3.11 then raises SystemError, although the file is valid."""
     parse, failures = ast.parse, iter([SystemError("AST constructor recursion depth mismatch")] * 3)

@@ -28,7 +28,7 @@ from typing import IO, Any
 
 import lotlip
 from flows.runtime.supervisor import start_group
-from lotlip.core.code import stage_files
+from lotlip.core.code import source_files, stage_files
 from lotlip.core.console import INTERRUPTED
 from lotlip.core.lifetime import end_with_parent
 from lotlip.core.stages import STAGES
@@ -66,7 +66,7 @@ def code_digest() -> str:
     """Returns a hash of the project's code, in hex. A stage must run the code of its own checkout."""
     digest = hashlib.sha256()
     for package in (Path(__file__).parent, Path(lotlip.__file__).parent):
-        for path in sorted(package.rglob("*.py")):
+        for path in source_files(package):
             digest.update(f"{path.relative_to(package.parent)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from lotlip.core.files import sha256_files
+from lotlip.core.listing import files_below
 from lotlip.core.stages import section
 
 ROOT = Path(__file__).parents[2]
@@ -36,8 +37,7 @@ def stage_files(stage: str) -> list[Path]:
         stage: "ingest", "image-tower", …
     """
     name = section(stage)
-    flow, package = ROOT / "flows" / "stages" / f"{name}.py", ROOT / "lotlip" / name
-    pending = [flow, *package.rglob("*.py")]
+    pending = [ROOT / "flows" / "stages" / f"{name}.py", *source_files(ROOT / "lotlip" / name)]
     sources = set(pending)
     while pending:
         for file in _imported(pending.pop().read_text(encoding="utf-8")):
@@ -45,8 +45,18 @@ def stage_files(stage: str) -> list[Path]:
                 sources.add(file)
                 pending.append(file)
     packages = {file.parent for file in sources}
-    others = (path for path in (ROOT / "lotlip").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc"))
+    others = (path for path in _files_of(ROOT / "lotlip") if path.suffix != ".py")
     return sorted({*sources, *(path for path in others if _package(path) in packages)})
+
+
+def source_files(package: Path) -> list[Path]:
+    """The Python files of a package and its subpackages, sorted."""
+    return sorted(path for path in _files_of(package) if path.suffix == ".py")
+
+
+def _files_of(package: Path) -> Iterator[Path]:
+    """The files of a package. Other processes write compiled code beside them, and editors write hidden files."""
+    return (path for path in files_below(package) if path.parent.name != "__pycache__")
 
 
 def _package(path: Path) -> Path:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lotlip.core.code import ROOT
+from lotlip.core.code import ROOT, source_files
 from lotlip.core.files import sha256_files, sha256_json
 from lotlip.core.section import flatten
 from lotlip.core.temporary import temporary_folder
@@ -264,7 +264,7 @@ class Tracker:
 
         from lotlip.retrieval.serving import save_served_model
 
-        parts = [file for file in folder.rglob("*") if file.is_file()] + [*ROOT.glob("lotlip/**/*.py")]
+        parts = [file for file in folder.rglob("*") if file.is_file()] + source_files(ROOT / "lotlip")
         content = sha256_json([provenance, sha256_files(sorted(parts))])
         if (
             model.status == "READY"
