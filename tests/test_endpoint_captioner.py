@@ -24,7 +24,7 @@ from flows.runtime.supervisor import end_group, start_group
 from lotlip.caption.captioners import open_captioner
 from lotlip.caption.captioners.endpoint import EndpointCaptioner
 from lotlip.caption.config import EndpointCaptionerConfig as Settings
-from lotlip.caption.endpoint_client import EndableTransport, RequestsEndedError
+from lotlip.caption.endpoint.client import EndableTransport, RequestsEndedError
 from lotlip.config.params import load_params
 from lotlip.core.compute import CaptionerCompute
 from lotlip.core.section import ConfigError
@@ -271,7 +271,7 @@ def test_a_request_that_times_out_is_retried():
 def test_retry_after_is_respected():
     with CaptioningServer(fail_first(status(429, Retry_After="1.2"), which=lambda number: number == 1)) as server:
         author = captioner(server.url)
-        author.check()
+        author.endpoint.check()
         started = time.monotonic()
         assert_all_captioned(list(author.caption(records(2))), 2)
         assert time.monotonic() - started > 1.1
@@ -408,7 +408,7 @@ def test_another_kind_of_server_is_an_error_at_first_use():
         CaptioningServer(models=nameless) as server,
         pytest.raises(ValueError, match=r"not respond: .*not an OpenAI"),
     ):
-        captioner(server.url).check()
+        captioner(server.url).endpoint.check()
 
 
 def test_an_unknown_model_is_an_error_listing_the_served_models():
@@ -416,7 +416,7 @@ def test_an_unknown_model_is_an_error_listing_the_served_models():
         CaptioningServer(models=["other/model", "third"]) as server,
         pytest.raises(ValueError, match=rf"does not serve '{MODEL}'; it has: other/model, third; set `model`"),
     ):
-        captioner(server.url).check()
+        captioner(server.url).endpoint.check()
     assert server.requests == []
 
 
@@ -431,16 +431,16 @@ def test_a_lost_connection_is_tried_once_more():
     with CaptioningServer(models=["third"]) as server:
         server.list_faults = [dropped]
         with pytest.raises(ValueError, match="it has: third"):
-            captioner(server.url).check()
+            captioner(server.url).endpoint.check()
         server.list_faults = [dropped, dropped]
         with pytest.raises(ValueError, match="does not respond"):
-            captioner(server.url).check()
+            captioner(server.url).endpoint.check()
 
 
 def test_a_server_may_close_the_connection_after_an_internal_error():
     with CaptioningServer() as server:
         server.list_faults = [status(500), dropped, dropped]
-        captioner(server.url).check()
+        captioner(server.url).endpoint.check()
         assert server.list_faults == [dropped, dropped]
 
 
@@ -452,7 +452,7 @@ def test_a_served_folder_need_not_be_listed(caplog):
 
 def test_a_different_listed_folder_is_an_error():
     with CaptioningServer(models=["/models/llava-13b"]) as server, pytest.raises(ValueError, match="does not serve"):
-        captioner(server.url, model="/models/llava-7b").check()
+        captioner(server.url, model="/models/llava-7b").endpoint.check()
 
 
 @pytest.mark.parametrize("number", [400, 404, 422])
@@ -469,9 +469,9 @@ def test_a_failed_trial_can_be_repeated():
     with CaptioningServer(lambda image, number: retry_soon(500) if number <= 2 else None) as server:
         author = captioner(server.url, retries=1)
         with pytest.raises(ConnectionError, match="cannot caption a trial picture"):
-            author.check()
-        author.check()
-        author.check()
+            author.endpoint.check()
+        author.endpoint.check()
+        author.endpoint.check()
         assert len(server.requests) == 3
 
 
@@ -495,7 +495,7 @@ def test_the_projects_own_key_has_precedence(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "of another service")
     monkeypatch.setenv("LOTLIP_ENDPOINT_KEY", "sesame")
     with CaptioningServer(key="sesame") as server:
-        captioner(server.url).check()
+        captioner(server.url).endpoint.check()
 
 
 def test_a_wrong_key_is_an_error_that_hides_the_key(monkeypatch, caplog):
@@ -507,7 +507,7 @@ def test_a_wrong_key_is_an_error_that_hides_the_key(monkeypatch, caplog):
             ValueError, match=r"rejects the key in the environment: .*401.*set LOTLIP_ENDPOINT_KEY"
         ) as caught,
     ):
-        captioner(server.url).check()
+        captioner(server.url).endpoint.check()
     assert "Incorrect API key provided: Bearer …" in str(caught.value)
     assert "wrong-secret" not in str(caught.value) + caplog.text
     assert caught.value.__cause__ is None
@@ -515,7 +515,7 @@ def test_a_wrong_key_is_an_error_that_hides_the_key(monkeypatch, caplog):
 
 def test_a_missing_key_is_an_error():
     with CaptioningServer(key="sesame") as server, pytest.raises(ValueError, match="rejects requests without a key"):
-        captioner(server.url).check()
+        captioner(server.url).endpoint.check()
 
 
 def test_a_key_is_not_sent_over_plain_http_to_another_machine(monkeypatch):
@@ -534,7 +534,7 @@ def test_a_local_server_is_reached_without_the_proxy(monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
     monkeypatch.delenv("NO_PROXY", raising=False)
     with CaptioningServer() as server:
-        captioner(server.url).check()
+        captioner(server.url).endpoint.check()
 
 
 @pytest.mark.parametrize(
@@ -579,7 +579,7 @@ def test_transformers_serve_captions_images(tmp_path):
         captions = list(author.caption(images))
         again = list(author.caption(images))
         with pytest.raises(ValueError, match=r"Server is pinned to .*tiny-llava"):
-            captioner(f"{url}/v1", model="other/model").check()
+            captioner(f"{url}/v1", model="other/model").endpoint.check()
     finally:
         end_group(server)
     failures = [item for item in captions if isinstance(item, Failure)]

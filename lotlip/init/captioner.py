@@ -132,7 +132,7 @@ def try_captioner(
     settings: Any = TypeAdapter(CaptionerConfig).validate_python(section)
     captioner = open_captioner(name, settings, "bert-base-uncased")
     captions = list(captioner.caption(chosen[:1]))  # loads the model, or asks the server whether it has it
-    usage = captioner.usage if isinstance(captioner, EndpointCaptioner) else deque[tuple[int, int]]()
+    usage = captioner.endpoint.usage if isinstance(captioner, EndpointCaptioner) else deque[tuple[int, int]]()
     usage.clear()
     begun = time.monotonic()
     captions += captioner.caption(chosen[1:])

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: its client, what is sent to it, and what its errors mean."""
