@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -463,6 +464,24 @@ def test_an_unchanged_large_file_is_hashed_once(tmp_path, monkeypatch):
     for _ in range(3):
         check_files(out, hash_cache=memory)
     assert hashed == [out / "a"]
+
+
+def test_programs_that_check_a_folder_together_lose_no_hash(tmp_path):
+    """Stages that run side by side read the same folder, whose hashes may all be unknown."""
+    out, memory = tmp_path / "out", tmp_path / "memory.json"
+    names = [f"part-{number}" for number in range(8)]
+    publish_some(out, **{name: name * 9 for name in names})
+
+    def check(name: str) -> None:
+        for _ in range(20):
+            memory.unlink(missing_ok=True)
+            check_files(out, within=name, hash_cache=memory)
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(check, names))
+        memory.unlink(missing_ok=True)
+        list(pool.map(lambda name: check_files(out, within=name, hash_cache=memory), names))
+    assert sorted(read_json(memory)) == names
 
 
 def test_check_files_ignores_a_folder_without_a_record(tmp_path):

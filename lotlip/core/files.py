@@ -18,9 +18,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
+
+from lotlip.core.caches import lock
 
 SCRATCH = ".lotlip"
 PARTIAL = ".lotlip-partial"
@@ -54,7 +56,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it to `path` when the block ends without an error.
 
     The block may write a file or a folder. If it raises, the partial output is removed and `path` is unchanged. The
-    partial output of a killed process is removed by the next call.
+    partial output of a killed process is removed by the next call, so only one process may write a path at a time.
 
     Raises:
         ForeignFileError: a folder would replace a file, a file would replace a folder, or a folder would replace one
@@ -476,12 +478,7 @@ def check_files(folder: Path, within: str = "", hash_cache: Path | None = None) 
     record = read_record(folder)
     if record is None:
         return
-    known: dict[str, Any] = {}
-    if hash_cache and hash_cache.is_file():
-        try:
-            known = dict(read_json(hash_cache))
-        except ValueError:
-            known = {}
+    known = _read_hash_cache(hash_cache) if hash_cache else {}
     checked: dict[str, list[Any]] = {}
     for name, entry in record.files.items():
         if not name.startswith(within):
@@ -498,7 +495,8 @@ def check_files(folder: Path, within: str = "", hash_cache: Path | None = None) 
             raise Damaged(f"{folder / name} is damaged: it is not what its stage wrote; {_remedy(folder)}")
         checked[name] = signature
     if hash_cache and (known | checked) != known:
-        write_json(hash_cache, known | checked)
+        with _locked(hash_cache):
+            write_json(hash_cache, _read_hash_cache(hash_cache) | checked)
 
 
 def fill_hash_cache(folder: Path, hash_cache: Path) -> None:
@@ -511,7 +509,20 @@ def fill_hash_cache(folder: Path, hash_cache: Path) -> None:
         status = (folder / name).stat()
         if status.st_size == entry.bytes:
             signatures[name] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, entry.sha256]
-    write_json(hash_cache, signatures)
+    with _locked(hash_cache):
+        write_json(hash_cache, signatures)
+
+
+def _read_hash_cache(path: Path) -> dict[str, Any]:
+    try:
+        return dict(read_json(path))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _locked(hash_cache: Path) -> AbstractContextManager[None]:
+    """Keeps stages that read the same folder from writing its hash cache at the same time."""
+    return lock(hash_cache.with_suffix(".lock"), wait=True)
 
 
 def check_model(folder: Path, hash_cache: Callable[[Path], Path] | None = None) -> None:
