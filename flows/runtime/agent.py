@@ -17,7 +17,8 @@ from pathlib import Path
 from flows.runtime.processes import STORE_CLIENT, STORE_HOST
 from flows.runtime.scratch import SCRATCH
 from flows.runtime.supervisor import end_group, exit_on_signals, start_group
-from lotlip.core.compute import Launch, RendezvousLaunch
+from lotlip.core.caches import lock
+from lotlip.core.compute import Launch, LocalLaunch, RendezvousLaunch
 from lotlip.core.console import INTERRUPTED
 from lotlip.core.files import read_json, remove, write_json
 
@@ -27,20 +28,27 @@ POLL_SECONDS = 2
 
 @contextmanager
 def announced(command: Sequence[str], settings: Launch) -> Iterator[None]:
-    """Announces a training to the agents for the duration of the block. Does nothing unless the launch is a rendezvous.
+    """Announces a training to the agents for the duration of the block, if the launch is a rendezvous.
+
+    Stages that run side by side (`compute.parallel_stages`) take turns if they train on several machines: each training
+    needs all of them and the same port.
 
     Args:
         command: this machine's command, from `flows.runtime.processes.launch`.
         settings: `compute.training.launch`.
     """
-    if not isinstance(settings, RendezvousLaunch):
+    if isinstance(settings, LocalLaunch):
         yield
         return
-    write_json(ANNOUNCED, [STORE_CLIENT if word == STORE_HOST else word for word in command[1:]])
-    try:
-        yield
-    finally:
-        remove(ANNOUNCED)
+    with lock(SCRATCH / "locks" / "machines.lock", wait=True):
+        if not isinstance(settings, RendezvousLaunch):
+            yield
+            return
+        write_json(ANNOUNCED, [STORE_CLIENT if word == STORE_HOST else word for word in command[1:]])
+        try:
+            yield
+        finally:
+            remove(ANNOUNCED)
 
 
 def join(heartbeat: Path | None = None) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import psutil
@@ -143,6 +144,34 @@ def test_agents_run_the_announced_training_until_the_announcement_is_removed(tmp
         started = tmp_path / "pid"
         assert not started.is_file() or not Path(f"/proc/{started.read_text()}").exists()
     assert process.returncode is not None
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        RendezvousLaunch(kind="rendezvous", nodes=2, endpoint="localhost:1"),
+        HostfileLaunch(kind="hostfile", path="hosts"),
+    ],
+    ids=lambda how: how.kind,
+)
+def test_trainings_on_the_same_machines_take_turns(tmp_path, monkeypatch, how):
+    """Stages run side by side (compute.parallel_stages)."""
+    monkeypatch.chdir(tmp_path)
+    order = []
+
+    def train() -> None:
+        with join.announced(["python", "-m", "second"], how):
+            order.append("second begins")
+
+    with join.announced(["python", "-m", "first"], how):
+        thread = Thread(target=train)
+        thread.start()
+        thread.join(0.3)
+        assert not join.ANNOUNCED.exists() or json.loads(join.ANNOUNCED.read_text()) == ["-m", "first"]
+        order.append("first ends")
+    thread.join(60)
+    assert order == ["first ends", "second begins"]
+    assert not join.ANNOUNCED.exists()
 
 
 def test_other_launches_announce_nothing(tmp_path, monkeypatch):
