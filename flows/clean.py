@@ -27,7 +27,7 @@ def clean(params: Params) -> Iterator[str]:
         A line for each folder or file that was removed or kept.
 
     Raises:
-        Locked: a stage is running.
+        Locked: a stage or a trial of a sweep is running.
     """
     paths = params.paths
     paths.check_links(Path())
@@ -35,6 +35,8 @@ def clean(params: Params) -> Iterator[str]:
     with ExitStack() as held:
         for file in sorted(locks.glob("*.lock")):
             held.enter_context(lock(file, f"stage {file.stem}"))
+        for file in sorted(Path(SCRATCH, "sweeps").glob("*/lock")):
+            held.enter_context(lock(file, f"trial {file.parent.name} of a sweep"))
         yield from _clean(paths)
 
 

@@ -134,12 +134,15 @@ def test_clean_removes_only_outputs_of_stages(tmp_path: Path, monkeypatch: pytes
     assert [path.name for path in Path(".lotlip").iterdir()] == []
 
 
-def test_clean_fails_while_a_stage_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("running", ["locks/pretrain-lit.lock", "sweeps/lotlip-k2/lock"])
+def test_clean_fails_while_something_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, running: str) -> None:
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"))
     publish_some(Path("models/lit"))
-    with lock(Path(".lotlip/locks/pretrain-lit.lock")), pytest.raises(Locked, match="pretrain-lit"):
+    name = r"stage pretrain-lit is in use" if "pretrain" in running else r"trial lotlip-k2 of a sweep is in use"
+    with lock(Path(".lotlip", running)), pytest.raises(Locked, match=name):
         list(clean(load_params()))
+    assert Path(".lotlip", running).is_file()
     assert Path("models/lit/index.json").is_file()
 
 
