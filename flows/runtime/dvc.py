@@ -7,6 +7,7 @@ DVC: it ends the running stage, and DVC then exits.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import psutil
 
@@ -102,7 +103,7 @@ def _open_project() -> Iterator[Repo]:
     """Opens the DVC project, also if it is not a git repository and DVC has not run in it."""
     from dvc.repo import Repo
 
-    if root := _project_root(Path.cwd()):
+    if root := project_root(Path.cwd()):
         match_git(root)
     with Repo() as repo:
         yield repo
@@ -234,10 +235,11 @@ def remove_stale_lock(root: Path) -> bool:
     except zc.lockfile.LockError:
         return False
     try:
-        if not _is_stale_lock(path) or _other_dvc_processes(root):
-            return False
-        remove(path, _is_stale_lock)
-        return True
+        with _is_alone(root) as alone:
+            if not alone or not _is_stale_lock(path):
+                return False
+            remove(path, _is_stale_lock)
+            return True
     finally:
         guard.close()
 
@@ -251,8 +253,10 @@ def remove_partial_copies(root: Path) -> None:
         root: of the DVC project.
     """
     partial = list((root / ".dvc" / "cache" / "files" / "md5").glob("??/.*.tmp"))
-    if partial and not _other_dvc_processes(root):
-        for path in partial:
+    if not partial:
+        return
+    with _is_alone(root) as alone:
+        for path in partial if alone else ():
             remove(path, _is_partial_copy)
 
 
@@ -361,6 +365,41 @@ def _lock_holders(entry: Any) -> Iterator[int]:
             yield from _lock_holders(value)
 
 
+@contextmanager
+def running(root: Path | None) -> Iterator[None]:
+    """Marks a project as used by DVC during the block, also for other machines and containers that share its folder.
+
+    Their process ids in DVC's lock file mean nothing here.
+
+    Args:
+        root: of the DVC project; None: there is none.
+    """
+    if root is None:
+        yield
+        return
+    with _open_mark(root) as mark:
+        fcntl.flock(mark, fcntl.LOCK_SH)
+        yield
+
+
+@contextmanager
+def _is_alone(root: Path) -> Iterator[bool]:
+    """Tells whether no other DVC runs in the project, and keeps `running` waiting until the end of the block."""
+    with _open_mark(root) as mark:
+        try:
+            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield not _other_dvc_processes(root)
+
+
+def _open_mark(root: Path) -> IO[bytes]:
+    path = root / ".dvc" / "tmp" / "lotlip-running"
+    path.parent.mkdir(exist_ok=True)
+    return path.open("ab")
+
+
 def _other_dvc_processes(root: Path) -> list[int]:
     """Returns the ids of other processes on this machine that may be DVC in the project."""
     family = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
@@ -381,7 +420,8 @@ def _other_dvc_processes(root: Path) -> list[int]:
     return others
 
 
-def _project_root(folder: Path) -> Path | None:
+def project_root(folder: Path) -> Path | None:
+    """The DVC project that contains a folder, if there is one."""
     return next((parent for parent in (folder, *folder.parents) if (parent / ".dvc").is_dir()), None)
 
 
@@ -395,7 +435,7 @@ def handle_signals() -> None:
 
 def prepare() -> None:
     """Removes what an interrupted DVC left in the current folder's project, and matches its settings to git."""
-    root = _project_root(Path.cwd())
+    root = project_root(Path.cwd())
     if root is None:
         return
     if remove_stale_lock(root):
@@ -406,7 +446,7 @@ def prepare() -> None:
 
 def clean_up() -> None:
     """Removes the lock of a process of this program's DVC that has not quite ended."""
-    if root := _project_root(Path.cwd()):
+    if root := project_root(Path.cwd()):
         remove_stale_lock(root)
 
 
@@ -421,7 +461,8 @@ def main(arguments: Sequence[str]) -> int:
     leave_out_push_advice()
     from dvc.cli import main as dvc
 
-    status = dvc(list(arguments))
+    with running(project_root(Path.cwd())):
+        status = dvc(list(arguments))
     clean_up()
     return INTERRUPTED if STOPPING in os.environ and status else status
 

@@ -17,9 +17,20 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from graphlib import TopologicalSorter
+from pathlib import Path
 from typing import Any
 
-from flows.runtime.dvc import RUN_CACHE, STOPPING, cache_trainings, clean_up, handle_signals, prepare, stop
+from flows.runtime.dvc import (
+    RUN_CACHE,
+    STOPPING,
+    cache_trainings,
+    clean_up,
+    handle_signals,
+    prepare,
+    project_root,
+    running,
+    stop,
+)
 from flows.runtime.supervisor import group
 from lotlip.core.console import FULL, explain
 
@@ -164,6 +175,6 @@ def _reason(error: BaseException) -> str:
 
 if __name__ == "__main__":
     handle_signals()
-    with socket.socket(fileno=int(sys.argv[1])) as connection:
+    with running(project_root(Path.cwd())), socket.socket(fileno=int(sys.argv[1])) as connection:
         _serve(connection, _PULL in sys.argv[2:])
     clean_up()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.runtime.dvc import is_up_to_date, remove_partial_copies, remove_stale_lock
+from flows.runtime.dvc import is_up_to_date, remove_partial_copies, remove_stale_lock, running
 from lotlip.core.files import ForeignFileError
 from tests.workspace import ROOT
 
@@ -168,6 +168,35 @@ def test_a_stale_lock_stays_while_another_dvc_runs(project):
         assert not remove_stale_lock(project)
     assert remove_stale_lock(project)
     assert not lock.exists()
+
+
+@pytest.mark.integration
+def test_a_stale_lock_stays_while_a_dvc_of_another_machine_runs(project):
+    """Machines share a folder, but not process ids."""
+    lock = project / ".dvc/tmp/rwlock"
+    lock.parent.mkdir(exist_ok=True)
+    lock.write_text(f'{{"write": {{"o1": {{"pid": {2**22 + 1}, "cmd": "dvc"}}}}}}')
+    partial = project / ".dvc/cache/files/md5/ab" / ".k--HGbZOlkk-Fcy2TXTncg.tmp"
+    partial.parent.mkdir(parents=True)
+    partial.touch()
+    with running(project), running(project):
+        assert not remove_stale_lock(project)
+        remove_partial_copies(project)
+        assert partial.exists()
+    assert remove_stale_lock(project)
+    remove_partial_copies(project)
+    assert not partial.exists()
+
+
+@pytest.mark.integration
+def test_dvc_marks_its_project_while_it_runs(project):
+    look = "import fcntl; fcntl.flock(open('.dvc/tmp/lotlip-running', 'ab'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    (project / "flows" / "write.py").write_text(look)
+    alone = run(project, "-m", "flows.write")
+    assert alone.returncode == 0
+    done = run(project, "-m", "flows.runtime.dvc", "repro", check=False)
+    assert "BlockingIOError" in done.stderr
+    assert "failed to reproduce" in done.stderr
 
 
 @pytest.mark.integration
