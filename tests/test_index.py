@@ -82,6 +82,18 @@ def test_an_index_is_read_as_written(tmp_path, monkeypatch, ending, kind):
     )
 
 
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_an_open_index_stays_what_it_was_when_its_files_are_replaced(tmp_path, ending):
+    """A server has opened it."""
+    path = tmp_path / f"index{ending}"
+    expected = write(path, 9)
+    opened = open_index(path)
+    with index_writer(path, ABOUT) as add:
+        add(IndexRows(["a longer name", "another"], ["x", "y"], features(2)))
+    assert opened.rows([0, 8]) == {number: (f"name {number}", f"text “{number}”\n\u2028") for number in (0, 8)}
+    assert np.array_equal(np.concatenate(list(opened.blocks())), expected)
+
+
 def test_parquet_is_written_in_groups(tmp_path, monkeypatch):
     """Groups limit the memory. A fixed-size list cannot hold a row that is too short."""
     monkeypatch.setattr(index, "_GROUP", 8)

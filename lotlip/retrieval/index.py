@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -252,6 +253,7 @@ def _open_npy(path: Path) -> Index:
     with names.open("rb") as file:
         about = _about(names, file.readline(), _ABOUT)
         starts = np.cumsum([file.tell(), *map(len, file)])  # where each line starts, and the end
+        lines = mmap(file.fileno(), 0, access=ACCESS_READ)  # of this file, also when it has been replaced
     if array.shape != (len(starts) - 1, about["width"]):
         raise ValueError(
             f"{path} has shape {array.shape}, but {names} names {len(starts) - 1} rows; rewrite both with "
@@ -264,20 +266,13 @@ def _open_npy(path: Path) -> Index:
         return (array[start : start + _BLOCK] for start in range(0, len(array), _BLOCK))
 
     def rows(numbers: Sequence[int]) -> dict[int, tuple[str, str | None]]:
-        with names.open("rb") as file:
-            lines = {row: _line(file, int(starts[row])) for row in sorted(set(numbers))}
         try:
-            records = {row: json.loads(line) for row, line in lines.items()}
+            records = {row: json.loads(lines[starts[row] : starts[row + 1]]) for row in set(numbers)}
         except ValueError as error:
             raise _damaged(names, "JSON lines", error) from error
         return {row: (one["name"], one.get("text")) for row, one in records.items()}
 
     return Index(about, len(array), blocks, rows)
-
-
-def _line(file: IO[bytes], start: int) -> bytes:
-    file.seek(start)
-    return file.readline()
 
 
 def _names_file(path: Path) -> Path:
