@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,18 @@ def test_a_partition_is_captioned_once(source, tmp_path):
     assert store.ensure_captioned(partition, source, author) == first
     assert author.asked == KEYS
     assert texts(store, partition)["k1"] == "Here is raw k1. It is \ufffdseen."
+    assert json.loads((store.folder / "about.json").read_text()) == {"captioner": "llava", "a": 1}
+
+
+def test_checkouts_that_share_a_store_describe_it_together(tmp_path):
+    store = CaptionStore(tmp_path / "store", "llava", {"a": 1})
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            (store.folder / "about.json").unlink(missing_ok=True)
+            list(pool.map(lambda _: store.describe(), range(8)))
+    assert json.loads((store.folder / "about.json").read_text()) == {"captioner": "llava", "a": 1}
+    (store.folder / "about.json").write_text("{}")
+    store.describe()
     assert json.loads((store.folder / "about.json").read_text()) == {"captioner": "llava", "a": 1}
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow as pa
 
 from lotlip.caption.captioners import Captioner
-from lotlip.core.files import sha256_files, sha256_json, write_json
+from lotlip.core.caches import lock
+from lotlip.core.files import read_json, sha256_files, sha256_json, write_json
 from lotlip.data.partitions import CAPTIONS, finished, read_captions, read_records, read_table, write_captions
 from lotlip.data.records import Caption, Failure, UnitReport
 
@@ -65,8 +66,11 @@ class CaptionStore:
         self.folder = root / captioner / sha256_json(self.about)[:16]
 
     def describe(self) -> None:
-        """Writes `about.json`; called once, before partitions are captioned in parallel."""
-        write_json(self.folder / "about.json", self.about)
+        """Writes `about.json`, before partitions are captioned in parallel. Checkouts that share a store may do so."""
+        file = self.folder / "about.json"
+        with lock(self.folder / "about.lock", wait=True):
+            if not file.is_file() or read_json(file) != self.about:
+                write_json(file, self.about)
 
     def ensure_captioned(self, partition: Partition, source: Path, author: Captioner) -> UnitReport:
         """Captions a partition unless that was done; afterwards `read` returns its captions.
