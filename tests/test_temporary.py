@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from lotlip.core import temporary
 from lotlip.core.temporary import temporary_folder
 
 HOLD = """
@@ -39,6 +42,23 @@ def test_a_folder_is_removed_with_its_contents(base: Path) -> None:
 def test_a_folder_is_removed_after_an_error(base: Path) -> None:
     with pytest.raises(KeyError), temporary_folder("test"):
         raise KeyError
+    assert list(base.iterdir()) == []
+
+
+def test_a_folder_may_be_removed_by_another_program_at_the_end(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lock is free for a moment before it is removed."""
+    locked = temporary._locked
+
+    @contextmanager
+    def then_cleared(folder: Path) -> Iterator[None]:
+        with locked(folder):
+            yield
+        monkeypatch.setattr(temporary, "_locked", locked)
+        temporary._clear_abandoned(base)
+
+    monkeypatch.setattr(temporary, "_locked", then_cleared)
+    with temporary_folder("test"):
+        pass
     assert list(base.iterdir()) == []
 
 

@@ -96,7 +96,8 @@ def _clear_abandoned(base: Path) -> None:
 def _remove(folder: Path) -> None:
     """Removes a folder under a name that marks it as the project's; files still being written to it may remain."""
     aside = folder.with_name(folder.name + ASIDE)
-    folder.rename(aside)
+    with suppress(FileNotFoundError):  # its lock was free for a moment, and another program is removing it
+        folder.rename(aside)
     with suppress(OSError):
         remove(aside)
 
