@@ -19,7 +19,6 @@ from statistics import mean
 from typing import Any
 
 import httpx
-import psutil
 import yaml
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
@@ -61,8 +60,8 @@ from flows.sweep.trials import Sweep, Trial, make_grid, selection, short_name
 from flows.sweep.workspaces import IDENTITY, Experiment, Snapshot, set_params
 from lotlip.config.params import load_params
 from lotlip.core.console import INTERRUPTED
-from lotlip.core.files import remove
 from lotlip.core.section import ConfigError
+from lotlip.core.temporary import temporary_folder
 from lotlip.data.paths import check_inputs
 from lotlip.tracking.store import warn_on_failure
 
@@ -292,17 +291,12 @@ def _fork_server_for(runner: LocalRunner, grid: Sequence[Trial]) -> Iterator[Non
     if SOCKET in runner.environment or all(runner.is_finished(runner.experiment(trial)) for trial in grid):
         yield
         return
-    folder = runner.snapshot.root / SCRATCH / "sweeps" / f"code-{os.getpid()}"
-    for stale in folder.parent.glob("code-*"):  # left by killed sweeps
-        if stale == folder or not psutil.pid_exists(int(stale.name.removeprefix("code-"))):
-            remove(stale)
-    try:
-        runner.snapshot.unpack(folder)
-        with fork_server({**runner.environment, "PYTHONPATH": str(folder)}, folder) as environment:
+    with temporary_folder("sweep") as temporary:
+        code = temporary / "code"
+        runner.snapshot.unpack(code)
+        with fork_server({**runner.environment, "PYTHONPATH": str(code)}, code) as environment:
             runner.environment = environment
             yield
-    finally:
-        remove(folder)
 
 
 def flow_run_address() -> str:

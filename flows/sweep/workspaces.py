@@ -24,6 +24,7 @@ from flows.runtime.scratch import SCRATCH, StageFailed
 from lotlip.core.files import atomic_write, move, remove
 from lotlip.core.record import as_record
 from lotlip.core.section import flatten
+from lotlip.core.temporary import temporary_folder
 
 CODE = ("flows", "lotlip", "dvc.yaml", "dvc.lock", "params.yaml", ".dvcignore", ".dvc/config")
 IDENTITY = {  # experiments are commits, which need an author
@@ -66,15 +67,12 @@ class Snapshot:
             head = _git(root, "rev-parse", "--verify", "HEAD").strip()
         except StageFailed as error:
             raise StageFailed(f"{root} has no commit to base experiments on; run `git add` and `git commit`") from error
-        index = root / SCRATCH / f"index-{os.getpid()}"
-        environment = {"GIT_INDEX_FILE": str(index)}
-        try:
+        with temporary_folder("index") as temporary:
+            environment = {"GIT_INDEX_FILE": str(temporary / "index")}
             _git(root, "read-tree", "HEAD", **environment)
             _git(root, "add", "--update", **environment)
             _git(root, "add", "--all", "--", *(name for name in CODE if (root / name).exists()), **environment)
             tree = _git(root, "write-tree", **environment).strip()
-        finally:
-            remove(index)
         from dvc.repo import Repo
 
         with Repo(str(root)) as repo:
