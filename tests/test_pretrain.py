@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from lotlip.core.compute import TrainingCompute
 from lotlip.core.files import read_json
 from lotlip.core.section import merge
 from lotlip.models.saving import load_model
+from lotlip.pretrain import trainer
 from lotlip.pretrain.config import OptimizerConfig, PretrainConfig
 from lotlip.pretrain.engine import deepspeed_config, initialise_processes, learning_rate_factor, parameter_groups
 from lotlip.pretrain.initialisation import build_for_pretraining
@@ -366,3 +368,16 @@ def test_every_group_of_processes_has_the_peer_timeout(group, tiny_world, tmp_pa
     groups = list(dist.distributed_c10d._world.pg_map)
     timeouts = {one._get_backend(torch.device("cpu")).options._timeout for one in groups}
     assert len(groups) > 1 and timeouts == {timedelta(seconds=77)}
+
+
+def test_all_processes_train_the_seeds_that_the_first_finds_unfinished(tiny_world, tmp_path, monkeypatch):
+    """On a shared file system, this process may not see yet that seed 0 is finished."""
+    job, trained = tiny_job(tiny_world, tmp_path, {"seeds": [0, 1, 2]}), []
+    monkeypatch.setattr(trainer, "initialise_processes", lambda compute: None)
+    monkeypatch.setattr(trainer, "broadcast", lambda seeds: [seed for seed in seeds if seed != 0])
+    monkeypatch.setattr(trainer.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(trainer.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(trainer, "Trainer", lambda job, seed, sink: SimpleNamespace(train=lambda: trained.append(seed)))
+    job.model_folder(2).mkdir(parents=True)
+    trainer.main(job, lambda uri, run: NullSink())
+    assert trained == [1]

@@ -95,7 +95,7 @@ class Checkpoints:
             ValueError: a checkpoint belongs to another model.
         """
         # on a shared file system, one process may see an older listing than another
-        folders = _broadcast(sorted(self._folders(), reverse=True))
+        folders = broadcast(sorted(self._folders(), reverse=True))
         for folder in folders:
             problem = _first_problem(damage(folder))
             if problem:
@@ -167,13 +167,13 @@ def by_first_process(work: Callable[[], None]) -> None:
             work()
         except Exception as raised:
             error = raised
-    error = _broadcast(error)
+    error = broadcast(error)
     if error is not None:
         raise error
 
 
-def _broadcast(value: Any) -> Any:
-    """Returns the first process's value in all processes."""
+def broadcast(value: Any) -> Any:
+    """Returns the first process's value in all processes. Every process must call it."""
     if dist.get_world_size() == 1:
         return value
     shared = [value]

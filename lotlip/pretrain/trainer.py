@@ -33,7 +33,7 @@ from lotlip.core.temporary import multiprocessing_folder
 from lotlip.data.images import Transform, training_transform
 from lotlip.data.plain_tokenizer import open_tokenizer
 from lotlip.data.remote_shards import open_index
-from lotlip.pretrain.checkpoint import Checkpoints, by_first_process, full_weights, require_finite
+from lotlip.pretrain.checkpoint import Checkpoints, broadcast, by_first_process, full_weights, require_finite
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.engine import Engine, NotFinite, StepResult, decay_factor, import_deepspeed, initialise_processes
 from lotlip.pretrain.initialisation import build_for_pretraining, tokenizer_name
@@ -325,9 +325,9 @@ def main(job: Job, open_sink: OpenSink) -> None:
     initialise_processes(job.compute)
     if dist.get_rank() == 0 and job.compute.parallel_seeds == 1:
         _write_start(job)
-    for seed in job.seeds:
-        if job.model_folder(seed).is_dir():
-            continue
+    # on a shared file system, one process may not see yet what another one has published
+    unfinished = broadcast([seed for seed in job.seeds if not job.model_folder(seed).is_dir()])
+    for seed in unfinished:
         run = job.run_ids.get(str(seed)) if dist.get_rank() == 0 else None
         with closing(open_sink(job.tracking_uri, run)) as sink:
             Trainer(job, seed, sink).train()
