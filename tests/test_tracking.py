@@ -84,6 +84,15 @@ def test_a_fingerprint_has_one_run(store, experiment, client):
     assert run.data.params == {"steps": "5"}
 
 
+def test_an_experiment_may_be_created_by_another_program_meanwhile(store, monkeypatch):
+    """A server has no lock for it."""
+    first = Tracker(store, "created-meanwhile")
+    found = MlflowClient.get_experiment_by_name
+    answers = iter([None])
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", lambda client, name: next(answers, found(client, name)))
+    assert Tracker(store, "created-meanwhile")._experiment == first._experiment
+
+
 @pytest.mark.integration
 def test_two_processes_can_create_a_store_together(tmp_path):
     script = """

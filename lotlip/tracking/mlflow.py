@@ -46,9 +46,20 @@ class Tracker:
         self._base = base
         with exclusive(self.uri):
             self._client = open_store(self.uri)
-            existing = self._client.get_experiment_by_name(experiment)
-            self._experiment = existing.experiment_id if existing else self._client.create_experiment(experiment)
+            self._experiment = self._ensure_experiment(experiment)
         self._tag_experiment({"mlflow.experimentKind": "custom_model_development", NOTE: self._about()})
+
+    def _ensure_experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        if existing := self._client.get_experiment_by_name(name):
+            return existing.experiment_id
+        try:
+            return self._client.create_experiment(name)
+        except MlflowException:  # another program may have created it on the same server
+            if existing := self._client.get_experiment_by_name(name):
+                return existing.experiment_id
+            raise
 
     @property
     def client(self) -> MlflowClient:
