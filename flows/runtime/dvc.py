@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -62,7 +62,7 @@ def is_up_to_date(runs: Sequence[Sequence[str]]) -> bool:
             if locks.is_file() and json.loads(locks.read_text(encoding="utf-8")):
                 return False
             named = _stages(repo)
-            return not _any_is_stale({named[name] for run in runs for name in _steps(repo, named, run)})
+            return bool(named) and not _any_is_stale({named[name] for run in runs for name in _steps(repo, named, run)})
     except (DvcException, KeyError, ValueError, OSError, sqlite3.Error):
         return False
 
@@ -309,9 +309,10 @@ def _has_remote() -> bool:
 
 
 def match_git(root: Path) -> None:
-    """Sets DVC's `core.no_scm` if the project is not a git repository, for example if it was downloaded as an archive.
+    """Sets DVC's `core.no_scm` if the project is not in git, for example if it was downloaded as an archive.
 
-    The setting is in `.dvc/config.local`, which git ignores. It is removed once the project is a repository.
+    This includes a folder that its repository ignores: DVC ignores a dvc.yaml there, and would find no stage. The
+    setting is in `.dvc/config.local`, which git ignores. It is removed once the project is in git.
 
     Args:
         root: root folder of the DVC project.
@@ -321,7 +322,7 @@ def match_git(root: Path) -> None:
     local = root / ".dvc" / "config.local"
     config = Config(str(local.parent), validate=False)
     without = config.load_one("local").get("core", {}).get("no_scm", False) if local.is_file() else False
-    has_git = any((folder / ".git").exists() for folder in (root, *root.parents))  # where DVC looks
+    has_git = any((folder / ".git").exists() for folder in (root, *root.parents)) and not _is_git_ignored(root)
     if without == (not has_git) or config.load_one("repo").get("core", {}).get("no_scm"):
         return
     with config.edit("local") as settings:
@@ -330,6 +331,19 @@ def match_git(root: Path) -> None:
             core.pop("no_scm")
         else:
             core["no_scm"] = True
+
+
+def _is_git_ignored(root: Path) -> bool:
+    """Whether the git repository of a project ignores its dvc.yaml, as DVC checks it."""
+    from scmrepo.exceptions import SCMError
+    from scmrepo.git import Git
+
+    try:
+        git = Git(str(root), search_parent_directories=True)
+    except SCMError:
+        return False
+    with closing(git):
+        return git.is_ignored(str(root / "dvc.yaml"))
 
 
 def _is_stale_lock(path: Path) -> bool:

@@ -264,6 +264,24 @@ def test_a_project_without_git_runs_and_can_be_added_to_git_later(project):
     assert "no_scm" not in (project / ".dvc/config.local").read_text()
 
 
+@pytest.mark.integration
+def test_a_project_that_its_git_repository_ignores_runs(project, tmp_path_factory):
+    """DVC finds no stage there, so that nothing seems to be stale."""
+    (project / ".dvc" / "config").write_text("")  # like the project's own, without git
+    folder = tmp_path_factory.mktemp("repository")
+    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+    (folder / ".gitignore").write_text("runs/\n")
+    inside = shutil.copytree(project, folder / "runs" / "one", symlinks=True)
+    (inside / "flows" / "__init__.py").write_text((project / "flows" / "__init__.py").read_text())
+    run(inside, "-c", "from flows.runtime.dvc import is_up_to_date as up; raise SystemExit(up([[]]))")
+    run(inside, "-m", "flows.runtime.dvc", "repro")
+    assert (inside / f"o{STAGES}").exists()
+    run(inside, "-c", "from flows.runtime.dvc import is_up_to_date as up; raise SystemExit(not up([[]]))")
+    (folder / ".gitignore").write_text("other/\n")
+    run(inside, "-m", "flows.runtime.dvc", "status")
+    assert "no_scm" not in (inside / ".dvc/config.local").read_text()
+
+
 # A stage with every kind of dependency: a parameter, a folder of code, an external file and another stage.
 ONE_OF_EACH = """
   {name}:
