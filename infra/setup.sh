@@ -14,7 +14,7 @@ command -v git >/dev/null || fail "git was not found; install it: apt install gi
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r infra/uv.txt
 export VIRTUAL_ENV=$venv
-echo "installing the locked packages into $venv (about 6 GB)"
+echo "installing the locked packages into $venv (about 8 GB)"
 "$venv/bin/uv" pip sync --quiet --require-hashes requirements.lock infra/uv.txt
 "$venv/bin/uv" pip install --quiet --no-deps --no-build-isolation --editable .
 # DVC's default is /var/tmp/dvc, where other users can place pickles that DVC loads. This setting is for `dvc` on the

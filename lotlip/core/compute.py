@@ -16,7 +16,7 @@ Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
 
 class LocalLaunch(Section):
-    """Runs all processes on this machine, under torch's launcher if there are several."""
+    """Runs all processes on this machine. Several meet through a file (flows.runtime.local_launch)."""
 
     kind: Literal["local"] = "local"
 

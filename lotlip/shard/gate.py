@@ -66,7 +66,8 @@ def gate_shard(
     if ratio is not None and separated is not None:
         stage["caption_similarity_ratio"] = separated.tower / max(separated.pixels, 1e-12)
         what = "captions of nearest neighbours by the image tower are more similar than by raw pixels (ratio)"
-        better = [one_value("caption_similarity_ratio", what, low=ratio)]
+        key = "shard.min_caption_similarity_ratio"
+        better = [one_value("caption_similarity_ratio", what, low=ratio, key=key)]
     suites = {
         "stage": [
             few_failures,
