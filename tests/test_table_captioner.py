@@ -163,10 +163,10 @@ def test_the_first_of_repeated_rows_can_be_used(tmp_path):
 
 def test_images_of_rows_that_cannot_be_read_are_failures_naming_the_first_one(tmp_path):
     path = tmp_path / "t.csv"
-    path.write_bytes(b"key,captioner,text\nk0,llava,a\nk1,llava\nk2,llava,\xe9\nk3,llava,b\n")
-    captions = list(captioner(path).caption(map(record, ["k0", "k1", "k2", "k3"])))
-    assert [getattr(item, "kind", "") for item in captions] == ["", "missing", "missing", ""]
-    fault = f"; rows that cannot be read: 2, first {path}: line 3: it has 2 fields, but the header has 3"
+    path.write_bytes(b'key,captioner,text\nk0,llava,a\nk1,llava\nk2,llava,\xe9\nk3,llava,"b\nk4,llava,c\n')
+    captions = list(captioner(path).caption(map(record, ["k0", "k1", "k2", "k3", "k4"])))
+    assert [getattr(item, "kind", "") for item in captions] == ["", "missing", "missing", "missing", ""]
+    fault = f"; rows that cannot be read: 3, first {path}: line 3: it has 2 fields, but the header has 3"
     assert isinstance(captions[1], Failure) and captions[1].reason.endswith(fault)
     path.write_text("key,captioner,text\nk1,llava\n")
     with pytest.raises(ValueError, match=r"no rows of the captioner 'llava' .*: 1, first .*t\.csv: line 2: it has 2"):

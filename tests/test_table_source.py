@@ -169,13 +169,75 @@ def test_a_bad_row_does_not_affect_others(tmp_path):
         assert items[5].where == f"{tmp_path}/t.csv: line 7"
 
 
-def test_an_unclosed_quote_is_a_problem_up_to_the_end_of_the_file(tmp_path):
-    path = tmp_path / "data.csv"
-    path.write_text('image,caption\na.png,one\nb.png,"5" tall\nc.png,"a\nb"\nd.png,"5 inches\ne.png,last\n')
-    rows = list(open_table(path).rows(["caption"]))
-    assert [row.values for row in rows] == [("one",), ("5 tall",), ("a\nb",), ()]
-    assert rows[-1].number == 6
-    assert rows[-1].problem == ("it cannot be read as CSV: a quote is not closed up to the end of the file", "row")
+STRAY = "it cannot be read as CSV: a stray quote joins it with the next {}; remove or double the quote"
+FILLER = [f"{number}.png,a dog that runs in a park" for number in range(9, 9000)]  # more than a field may hold
+
+
+@pytest.mark.parametrize(
+    ("lines", "bad", "problem"),
+    [
+        (['a.png,"A dog', "b.png,a"], "a", "a quote is not closed up to the end of the file"),
+        (['a.png,"A dog', "b.png,a", 'c.png,5" tall', "d.png,a"], "a", STRAY.format("2 lines")),
+        (['a.png,"A dog', 'b.png,a dog 5" tall', "c.png,a"], "a", STRAY.format("line")),
+        (['a.png,"A dog', 'b.png,"a dog, red"', "c.png,a"], "a", STRAY.format("line")),
+        (['a.png,"A dog', "b.png,a", 'c.png,5"', "d.png,a"], "a", STRAY.format("2 lines")),
+        (
+            ['a.png,"A dog', "b.png,a", 'c.png,5",no', "d.png,a"],
+            "ac",
+            "with the lines that a quote joins to it, it has 3 fields",
+        ),
+        (['a.png,"A dog', *FILLER], "a", STRAY.format("3,776 lines")),
+        (['a.png,"A" dog,"A cat', "b.png,a"], "a", "a quote is not closed at its end"),
+        (["a.png," + "x" * 2**17 + "x", "b.png,a"], "a", "field larger than field limit"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 10000])
+def test_a_stray_quote_costs_one_row(tmp_path, lines, bad, problem, size):
+    content = ["0.png,fine", *lines, "z.png,last"]
+    (tmp_path / "t.csv").write_text("\n".join(["image,caption", *content]))
+    table = open_table(tmp_path / "t.csv")
+    rows = list(table.rows(["image", "caption"]))
+    assert [row.number for row in rows] == list(range(2, len(content) + 2))  # every line is a row
+    problems = [(line[0], row.problem) for line, row in zip(content, rows, strict=True) if row.problem]
+    assert "".join(name for name, _ in problems) == bad
+    assert problem in problems[0][1][0] and problems[0][1][1] == "row"
+    good = [line.replace('"a dog, red"', "a dog, red") for line in content if line[0] not in bad]
+    assert [",".join(row.values) for row in rows if not row.problem] == good
+    parts = table.ranges(size)
+    assert [row for part in parts for row in table.rows(["image", "caption"], part)] == rows
+
+
+def test_texts_of_several_lines_are_not_taken_for_stray_quotes(tmp_path):
+    texts = ["a dog\nruns, fast", "a\n\nb,c", "a, b\nc,d", '5" tall\n', '\n"']
+    rows = [["image", "caption"], *[[f"{number}.png", text] for number, text in enumerate(texts)]]
+    path = write_csv(tmp_path / "t.csv", rows)
+    assert [row.values[0] for row in open_table(path).rows(["caption"])] == texts
+    path = write_csv(tmp_path / "t.tsv", rows, delimiter="\t")
+    assert [row.values[0] for row in open_table(path).rows(["caption"])] == texts
+    path = write_csv(tmp_path / "u.csv", [["caption"], *[[text] for text in texts]])
+    assert [row.values[0] for row in open_table(path).rows(["caption"])] == texts
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_quotes_in_a_tsv_file_are_ordinary_characters(tmp_path, size):
+    """Many programs that write such files do not quote."""
+    texts = [
+        '"hello says a sign',
+        "a",
+        'says hello"',
+        '"hello" says a sign',
+        'a 5" pipe',
+        '"',
+        'a "b"',
+        '"" a',
+        '"open',
+    ]
+    path = tmp_path / "t.tsv"
+    path.write_text("image\tcaption\n" + "".join(f"{number}\t{text}\n" for number, text in enumerate(texts)))
+    table = open_table(path)
+    rows = [row for part in table.ranges(size) for row in table.rows(["caption"], part)]
+    assert [row.values for row in rows] == [(text,) for text in texts]
+    assert [row.number for row in rows] == list(range(2, len(texts) + 2))
 
 
 def test_images_outside_their_folder_are_unsafe(tmp_path):

@@ -219,7 +219,8 @@ class CsvTable:
     """A UTF-8 CSV file with a header line; quoted fields may contain separators, quotes and newlines.
 
     Fields are separated by tabs if the file's name ends in .tsv, else by commas, semicolons or tabs, whichever fits the
-    first records best.
+    first records best. Programs seldom quote in a .tsv, so a quote is an ordinary character there unless quotes make a
+    valid row.
 
     Args:
         path: the file.
@@ -230,7 +231,9 @@ class CsvTable:
 
     def __init__(self, path: Path, longest: int = _LONGEST_FIELD) -> None:
         self.path, self._longest = path, longest
-        separators = "\t" if path.suffix.lower() == ".tsv" else ",;\t"
+        self.columns: list[str] = []
+        self._tabs = path.suffix.lower() == ".tsv"
+        separators = "\t" if self._tabs else ",;\t"
         self._separator = max(separators, key=self._fit)  # the first of equals
         with path.open("rb") as file:
             # the header ends where the next record begins
@@ -268,8 +271,7 @@ class CsvTable:
                 if isinstance(fields, csv.Error):
                     yield TableRow(number, problem=(f"it cannot be read as CSV: {fields}", "row"))
                 elif len(fields) != len(self.columns):
-                    reason = f"it has {len(fields)} fields, but the header has {len(self.columns)}"
-                    yield TableRow(number, problem=(reason, "row"))
+                    yield TableRow(number, problem=(_widths(len(fields), len(self.columns)), "row"))
                 else:
                     values = tuple([fields[index] for index in indices])
                     if all(map(_is_text, values)):
@@ -281,38 +283,99 @@ class CsvTable:
     def _records(self, file: IO[bytes], line: int) -> Iterator[tuple[int, int, list[str] | csv.Error]]:
         """First byte, first line and fields of each record from the file's position on; blank lines are skipped.
 
-        An unclosed quote runs to the field size limit or the end of the file, and everything in it is one error.
+        A quote may join lines that are rows of their own. So if several lines together are no valid row, only the first
+        is used, as an error or (in a .tsv) without quoting, and the next record begins on the second.
 
         Args:
             file: positioned at the beginning of a record.
             line: number of the previous line.
         """
-        place, ended = file.tell(), False
+        if file.tell() == 0 and file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
+        lines: list[str] = []  # of one record
+        ends: list[int] = []  # byte after each of them
+        ended, width, place = False, len(self.columns), file.tell()
 
-        def lines() -> Iterator[str]:
-            nonlocal place, line, ended
+        def following() -> Iterator[str]:
+            nonlocal ended
             while data := file.readline(max(_LONGEST_LINE, self._longest)):
-                text = data.removeprefix(codecs.BOM_UTF8) if place == 0 else data
-                place += len(data)
-                line += 1
-                yield text.decode("utf-8", "surrogateescape")
+                lines.append(data.decode("utf-8", "surrogateescape"))
+                ends.append((ends[-1] if ends else place) + len(data))
+                yield lines[-1]
             ended = True
 
-        reader = csv.reader(lines(), delimiter=self._separator)
+        reader = self._reader(following(), strict=True)
         while True:
-            start, first = place, line + 1
+            lines.clear()
+            ends.clear()
             csv.field_size_limit(self._longest)  # the limit is global to the process: other code may have changed it
             try:
-                fields = next(reader)
+                fields: list[str] | csv.Error = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield start, first, error
-                continue
-            if ended:  # the reader has looked for more
-                yield start, first, csv.Error("a quote is not closed up to the end of the file")
-            elif fields:
-                yield start, first, fields
+                fields = error
+            start, number, used = place, line + 1, len(lines)
+            if isinstance(fields, csv.Error) or (used > 1 and self._are_rows(lines, fields, width)):
+                fields, used = self._alone(lines, fields, ended, width), 1
+            place, line = ends[used - 1], line + used
+            if used < len(lines):
+                file.seek(place)
+                ended, reader = False, self._reader(following(), strict=True)
+            if fields:
+                width = width or (0 if isinstance(fields, csv.Error) else len(fields))
+                yield start, number, fields
+
+    def _reader(self, lines: Iterable[str], **settings: Any) -> Iterator[list[str]]:
+        return csv.reader(lines, delimiter=self._separator, **settings)
+
+    def _are_rows(self, lines: Sequence[str], fields: list[str], width: int) -> bool:
+        """Whether lines that quotes join to a record are no row of the header's width, or one each."""
+        return len(fields) != width > 0 or (width > 1 and all(self._is_row(line, width) for line in lines))
+
+    def _is_row(self, line: str, width: int) -> bool:
+        fields = self._unquoted_fields(line)
+        if isinstance(fields, csv.Error) or len(fields) != width:
+            return False
+        # a comma before a space is rather one within a text of several lines
+        return self._separator == "\t" or not any(text.startswith(" ") for text in fields[1:])
+
+    def _unquoted_fields(self, line: str) -> list[str] | csv.Error:
+        try:
+            return next(self._reader([line], quoting=csv.QUOTE_NONE))
+        except csv.Error as error:
+            return error
+
+    def _alone(
+        self, lines: Sequence[str], fields: list[str] | csv.Error, ended: bool, width: int
+    ) -> list[str] | csv.Error:
+        """The fields of the first of lines that are no record, or why it has none.
+
+        Args:
+            lines: of the file, up to the fault.
+            fields: of the lines together, or why there are none.
+            ended: whether a quote is not closed up to the end of the file.
+            width: number of the header's fields.
+        """
+        if self._tabs:
+            return self._unquoted_fields(lines[0])
+        if ended:
+            return csv.Error("a quote is not closed up to the end of the file")
+        if isinstance(fields, list) and len(fields) != width:
+            return csv.Error(f"with the lines that a quote joins to it, {_widths(len(fields), width)}")
+        if len(lines) > 1:
+            more = "line" if len(lines) == 2 else f"{len(lines) - 1:,} lines"
+            return csv.Error(f"a stray quote joins it with the next {more}; remove or double the quote")
+        line = iter([lines[0], ""])
+        try:
+            fields = next(self._reader(line))  # text after a closing quote is accepted
+        except csv.Error as error:
+            return error
+        return fields if next(line, None) is not None else csv.Error("a quote is not closed at its end")
+
+
+def _widths(fields: int, header: int) -> str:
+    return f"it has {fields} fields, but the header has {header}"
 
 
 def _is_text(value: str) -> bool:
