@@ -408,6 +408,9 @@ def test_a_folder_of_several_formats_is_an_error(tmp_path):
         texts_of(tmp_path)
     (tmp_path / "b").rename(tmp_path / ".hidden")
     assert texts_of(tmp_path) == []
+    (tmp_path / "b.json.gz").touch()
+    with pytest.raises(ValueError, match=r"b\.json\.gz cannot be read"):
+        texts_of(tmp_path)
 
 
 def test_a_text_file_with_fields_or_splits_is_an_error(tmp_path):

@@ -200,6 +200,20 @@ def test_a_changed_image_changes_the_state_of_its_unit_only(tmp_path):
     assert before[0] == after[0] and before[1] != after[1]
 
 
+def test_compressed_tables_are_errors(tmp_path):
+    table = write_jsonl(tmp_path / "a.jsonl", [{"a": 1}])
+    for name in ("a.jsonl.gz", "b.json.gz", ".b.jsonl.gz", "b.txt.gz"):  # the first is there decompressed, too
+        (tmp_path / name).touch()
+    assert find_tables(tmp_path) == [table]
+    (tmp_path / "b.JSONL.gz").touch()
+    (tmp_path / "c.csv.part").touch()
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/b\.JSONL\.gz and 1 more cannot be read.*; decompress or"):
+        find_tables(tmp_path)
+    with pytest.raises(ValueError, match=r"c\.csv\.part cannot be read"):
+        find_tables(tmp_path, "csv")
+    assert find_tables(tmp_path, "parquet") == []
+
+
 def test_json_files_beside_other_tables_are_metadata(tmp_path):
     first = write(tmp_path / "a.json", [{"a": 1}])
     assert find_tables(tmp_path) == [first]

@@ -88,9 +88,21 @@ def test_keys_begin_with_their_folders(tmp_path):
 
 def test_single_and_compressed_tars_are_read(tmp_path):
     assert len(read_all(write_tar(tmp_path / "a.tar", samples(2)))) == 2
-    for ending, mode in ((".tar.gz", "w:gz"), (".tgz", "w:gz"), (".tar.bz2", "w:bz2"), (".tar.xz", "w:xz")):
-        path = write_tar(tmp_path / f"b{ending}", samples(2), mode)
-        assert kinds(read_all(path)) == [("000000000", ""), ("000000001", "")]
+    endings = {"tar.gz": "w:gz", "tgz": "w:gz", "tar.bz2": "w:bz2", "tbz2": "w:bz2", "tar.xz": "w:xz", "txz": "w:xz"}
+    for ending, mode in endings.items():
+        for path in (write_tar(tmp_path / f"{ending}/b.{ending}", samples(2), mode), tmp_path / ending):
+            assert [kind for _, kind in kinds(read_all(path))] == ["", ""]
+
+
+@pytest.mark.parametrize("name", ["1.tar.zst", "more/1.TAR.LZ4", "1.tgz.part", "1.tar.gz.zip"])
+def test_a_tar_of_an_unsupported_compression_is_an_error(tmp_path, name):
+    write_tar(tmp_path / "0.tar", samples(2))
+    (tmp_path / "0.tar.zst").touch()  # is there decompressed, too
+    assert len(read_all(tmp_path)) == 2
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rf"{name} cannot be read, .* decompress or download them, or move them out"):
+        source(tmp_path)
 
 
 def test_a_list_may_hold_paths_patterns_ranges_and_prefixes(tmp_path):

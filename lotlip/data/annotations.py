@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lotlip.core.files import not_a_file
-from lotlip.core.listing import files_below
+from lotlip.core.listing import files_with_endings
 from lotlip.data.fields import listed, values_at
 from lotlip.data.rows import TABLES, CsvTable, as_name, has_object_lines, is_text
 
@@ -145,7 +145,7 @@ def _read_folder(folder: Path, query: _Query) -> Iterator[Text]:
     for inner in ("annotations", "caption"):  # DCI's without its splits, and Urban-1k's
         if (folder / inner).is_dir():
             folder = folder / inner
-    files = sorted(file for file in files_below(folder) if file.suffix.lower() in _ENDINGS and file.is_file())
+    files = [file for file in files_with_endings(folder, _ENDINGS) if file.is_file()]
     partitions = [file for file in files if _is_partition(file)]
     if partitions:
         for file in partitions:

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
-from lotlip.core.listing import files_below
+from lotlip.core.listing import files_with_endings
 from lotlip.data.fields import leaf_names, listed, values_at
 
 # Endings of tables' names, with the kind of `ingest.source` that reads them.
@@ -106,13 +106,16 @@ def find_tables(path: Path, kind: str | None = None, skip: Path | None = None) -
     """The file itself, or all tables below a folder, sorted, without hidden files and those below `skip`.
 
     Without a kind, JSON files beside tables of other kinds are metadata, such as the markers of finished units.
+
+    Raises:
+        ValueError: a table in the folder is compressed.
     """
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in files_below(path, skip) if file.suffix.lower() in TABLES)
     if kind is not None:
-        return [file for file in files if TABLES[file.suffix.lower()] == kind]
-    return [file for file in files if file.suffix.lower() != ".json"] or files
+        return files_with_endings(path, [ending for ending in TABLES if TABLES[ending] == kind], skip)
+    tables = files_with_endings(path, [ending for ending in TABLES if ending != ".json"], skip)
+    return tables or files_with_endings(path, [".json"], skip)
 
 
 def as_name(value: Any) -> str:

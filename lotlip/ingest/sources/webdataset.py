@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lotlip.core.files import not_a_file, sha256_json
-from lotlip.core.listing import files_below, is_hidden
+from lotlip.core.listing import files_with_endings, is_hidden
 from lotlip.data.keys import escapes_folder, is_key, key_of, prefix_of, printable
 from lotlip.data.paths import file_state
 from lotlip.data.records import Failure, ImageRecord, Unit
@@ -26,7 +26,7 @@ from lotlip.ingest.config import ImagesConfig, WebDatasetSourceConfig
 from lotlip.ingest.record_validation import RecordValidator
 from lotlip.ingest.split import split_of
 
-TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _REMEDY = (
     "set ingest.source.path in params.yaml to a folder of tars, or to a text file with the path or URL of tars on "
     "each line"
@@ -53,7 +53,7 @@ class WebDatasetSource:
     are kept) or "unreadable-shard" (a tar that does not exist, may not be read, or is not a tar).
 
     Raises:
-        ValueError: `path` leads to no tars.
+        ValueError: `path` leads to no tars, or to some with a compression that is not supported.
     """
 
     def __init__(self, settings: WebDatasetSourceConfig, images: ImagesConfig) -> None:
@@ -393,8 +393,7 @@ def _find_tars(path: Path) -> list[str]:
 
 
 def _tars_below(root: Path) -> list[str]:
-    tars = (file for file in files_below(root) if file.name.lower().endswith(TARS))
-    prefixes = {tar: prefix_of(tar, root) for tar in sorted(tars)}
+    prefixes = {tar: prefix_of(tar, root) for tar in files_with_endings(root, TARS)}
     return [f"{prefix} = {tar}" if prefix else str(tar) for tar, prefix in prefixes.items()]
 
 
