@@ -241,6 +241,8 @@ def test_grey_and_white_keep_their_brightness_in_every_mode(mode: str) -> None:
         (np.float32, 255),
         (np.float32, 4095),
         (np.float32, 65535),
+        (np.uint16, 4095),
+        (np.uint16, 65535),
         (np.int32, 255),
         (np.int32, 4095),
         (np.int32, 65535),
@@ -275,6 +277,14 @@ def test_a_tiff_of_twelve_bits_is_scaled_from_twelve_bits() -> None:
     data = struct.pack("<2sHI", b"II", 42, 12) + packed + b"\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
     shown = decode_rgb(data)
     assert [shown.getpixel((x, 0))[0] for x in (0, 1)] == [255, 128]
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+@pytest.mark.parametrize(("white", "shown"), [(4095, 255), (4096, 16), (3000, 187)])
+def test_twelve_bits_in_sixteen_are_scaled_from_twelve_bits(form: str, white: int, shown: int) -> None:
+    """As cameras and microscopes store them."""
+    grey = Image.fromarray(np.array([[white, 0]], np.uint16))
+    assert [decode_rgb(encoded(grey, form)).getpixel((x, 0))[0] for x in (0, 1)] == [shown, 0]
 
 
 def test_a_dark_portable_graymap_of_sixteen_bits_stays_dark() -> None:
@@ -462,7 +472,7 @@ def deep_png(samples: list[int], kind: int) -> bytes:
     ("samples", "kind", "shown"),
     [
         ([0x8000], 0, (128, 128, 128)),
-        ([200], 0, (1, 1, 1)),  # nearly black, although 200 of 8 bits is light grey
+        ([200], 0, (12, 12, 12)),  # of 12 bits
         ([0xFFFF, 0x8080, 0x0101], 2, (255, 128, 1)),
         ([0x4040, 0xFFFF], 4, (64, 64, 64)),
         ([0x4040, 0], 4, (255, 255, 255)),

@@ -81,6 +81,9 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# Mode of single-channel pictures → values that white may have, of 8, 12 and 16 bits.
+_WHITES = {"I;16": (4095.0, 65535.0), "I": (255.0, 4095.0, 65535.0), "F": (1.0, 255.0, 4095.0, 65535.0)}
+
 # Pillow warns about broken metadata with a different text for each picture, so that every warning would be printed.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
@@ -249,31 +252,27 @@ def _transform_of(profile: bytes) -> tuple[str, ImageCmsTransform] | None:
 def _white(image: Image.Image) -> float:
     """The pixel value of white in a single-channel picture with more than 8 bits, from its header or else its pixels.
 
-    32-bit pixels often hold narrower values, so white is the largest value of the smallest of 8, 12 and 16 bits that
-    fits them all. Floating-point pixels that are at most 1 are fractions of white.
+    Deep pixels often hold narrower values, such as a camera's 12 bits in 16, so white is the largest value of the
+    smallest range of `_WHITES` that fits them all. Floating-point pixels that are at most 1 are fractions of white.
 
     Raises:
         ValueError: a pixel is negative or not a number, or the pixels fit none of these ranges.
     """
-    tags = getattr(image, "tag_v2", {})
-    if image.mode.startswith("I;16"):
-        bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
+    bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
+    mode = image.mode[:4]  # without the order of bytes
+    if mode == "I;16" and bits < 16:
         return float(2**bits - 1)
-    if image.format == "PPM":  # Pillow has scaled its pixels to 16 bits
+    if image.format == "PPM":  # Pillow has scaled its pixels from the header's range to 16 bits
         return 65535.0
-    low, high = image.getextrema()
-    whites = (1.0, 255.0, 4095.0, 65535.0) if image.mode == "F" else (255.0, 4095.0, 65535.0)
-    white = next((white for white in whites if 0 <= low <= high <= white), None)  # type: ignore[operator]
-    if white is None or not _all_finite(image):
+    extremes = [(pixels.min(), pixels.max()) for pixels in map(np.asarray, _strips(image))]
+    low, high = np.min(extremes), np.max(extremes)  # NaN if a pixel is
+    white = next((white for white in _WHITES[mode] if 0 <= low <= high <= white), None)
+    if white is None:
         raise ValueError(
             f"its pixels, of mode {image.mode}, are from {low} to {high}, so the value of white is unknown; "
             "convert it to 8 or 16 bits"
         )
     return white
-
-
-def _all_finite(image: Image.Image) -> bool:
-    return image.mode != "F" or all(np.isfinite(np.asarray(strip)).all() for strip in _strips(image))
 
 
 def _strips(image: Image.Image) -> Iterator[Image.Image]:
