@@ -304,6 +304,49 @@ def test_find_source_recognises_folders_and_tars(tmp_path: Path) -> None:
         find_source(tmp_path / "tars", tmp_path)
 
 
+def test_unrelated_files_do_not_decide_the_kind(data: Path) -> None:
+    """As data sets of the datasets library, archives and notes have them."""
+    for name in ("README.txt", "images/LICENSE.txt", "raw.tar.zst"):
+        (data / name).touch()
+    (data / "images/sub/000.txt").write_text("a note on one image")
+    found = find_source(data, None).source
+    assert (found["kind"], found["path"], found["images"]) == ("csv", data.as_posix(), f"{data}/images")
+    (data / "images.tar.gz").touch()
+    with pytest.raises(
+        ValueError, match=r"has tars, and images with a table \(.*captions\.csv\); name the table, or move"
+    ):
+        find_source(data, None)
+    assert find_source(data / "captions.csv", None).source["kind"] == "csv"
+    assert find_source(data, data / "images").source["kind"] == "csv"
+    for n in range(30):
+        (data / f"images/sub/{n:03}.txt").write_text(sentence(n, 4))
+    assert find_source(data, None).source["kind"] == "folder"
+    for file in data.glob("images/sub/*"):
+        file.unlink()
+    assert find_source(data, None).source["kind"] == "webdataset"
+
+
+def test_a_folder_of_compressed_files_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "0.tar.zst").touch()
+    (tmp_path / "README.txt").touch()
+    with pytest.raises(ValueError, match=r"0\.tar\.zst cannot be read"):
+        find_source(tmp_path, None)
+    (tmp_path / "0.tar.zst").rename(tmp_path / "README.zst")
+    with pytest.raises(ValueError, match=r"has none of \.csv, .* each with a \.txt of the same stem; name the file"):
+        find_source(tmp_path, None)
+
+
+def test_paths_may_start_from_the_folder_of_the_table(data: Path) -> None:
+    (data / "train").mkdir()
+    for name in ("captions.csv", "images"):
+        (data / name).rename(data / "train" / name)
+    (data / "train/images/sub").rename(data / "train/sub")
+    found = find_source(data, None).source
+    assert (found["path"], found["images"]) == (f"{data}/train", f"{data}/train")
+    records, failures, _, _ = read_sample(TypeAdapter(SourceConfig).validate_python(found))
+    assert len(records) == 30 and not failures
+
+
 @pytest.mark.parametrize(
     ("change", "options", "problem"),
     [

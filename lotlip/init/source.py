@@ -13,11 +13,12 @@ from typing import Any
 import pyarrow.types as kinds
 
 from lotlip.caption.quality import words_of
-from lotlip.core.listing import files_below
+from lotlip.core.listing import files_below, files_with_endings
 from lotlip.data.fields import listed
 from lotlip.data.images import ENDINGS, is_encoded
 from lotlip.data.rows import TABLES, ParquetTable, TableFile, as_name, find_tables, open_table, require
 from lotlip.data.text import split_sub_captions
+from lotlip.ingest.sources.folder import CAPTIONS
 from lotlip.ingest.sources.webdataset import TARS
 
 _ROWS = 200  # that are read to find the columns
@@ -85,23 +86,35 @@ _WHAT = {
 def _kind(data: Path, images: Path | None) -> str:
     if not data.exists():
         raise ValueError(f"--data {data} does not exist; name a table, a tar, or a folder")
-    forms = f"{', '.join(TABLES)}, tars, or a folder of images with .txt files"
+    forms = f"{', '.join(TABLES)}, tars, or a folder of images, each with a .txt of the same stem"
     if data.is_file():
         if data.suffix.lower() in TABLES:
             return TABLES[data.suffix.lower()]
         if data.name.lower().endswith(TARS):
             return "webdataset"
         raise ValueError(f"--data {data} is of another form than {forms}; convert it")
-    names = [file.name.lower() for file in files_below(data)]
-    if any(name.endswith(TARS) for name in names):
-        return "webdataset"
-    # img2dataset writes .parquet files with metadata beside tars, and data sets have tables beside images with .txt
-    if any(Path(name).suffix[1:] in ENDINGS for name in names) and any(name.endswith(".txt") for name in names):
+    files = list(files_below(data))
+    pictures = {file.with_suffix("") for file in files if file.suffix[1:].lower() in ENDINGS}
+    captioned = pictures & {file.with_suffix("") for file in files if file.suffix in CAPTIONS}
+    tars = {file.with_name(file.name.split(".")[0]) for file in files if file.name.lower().endswith(TARS)}
+    # img2dataset writes a table with metadata beside each tar
+    tables = [file for file in files_below(data, images) if file.suffix.lower() in TABLES]
+    tables = sorted(table for table in tables if table.with_suffix("") not in tars)
+    tables = [table for table in tables if table.suffix.lower() != ".json"] or tables
+    if captioned and (2 * len(captioned) > len(pictures) or not (tables or tars)):
         return "folder"
-    tables = sorted({TABLES[file.suffix.lower()] for file in find_tables(data, skip=images)})
-    if len(tables) == 1:
-        return tables[0]
-    raise ValueError(f"--data {data} has {' and '.join(tables) or 'none'} of {forms}; name the file with the captions")
+    if tars and not (tables and (pictures or images)):
+        return "webdataset"
+    if tars and images is None:
+        raise ValueError(
+            f"--data {data} has tars, and images with a table ({tables[0]}); name the table, or move the tars into a "
+            "folder of their own and name that"
+        )
+    found = sorted({TABLES[table.suffix.lower()] for table in tables})
+    if len(found) == 1:
+        return found[0]
+    files_with_endings(data, (*TABLES, *TARS))  # raises if they are compressed
+    raise ValueError(f"--data {data} has {' and '.join(found) or 'none'} of {forms}; name the file with the captions")
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
@@ -109,6 +122,8 @@ def _kind(data: Path, images: Path | None) -> str:
 
 def _table_source(data: Path, kind: str, images: Path | None, columns: Columns) -> DataSource:
     tables = find_tables(data, kind, images)
+    if data.is_dir() and len(folders := {table.parent for table in tables}) == 1:
+        data = folders.pop()  # paths in a table often start from its folder
     table = open_table(tables[0])
     named = [name for name in (columns.image, columns.caption, *columns.long) if name]
     require(table, named, "name columns it has")

@@ -62,11 +62,11 @@ class FolderSource:
         """The items and their captions."""
         for item in unit.items:
             path = self._root / item
-            yield from (path, *map(path.with_suffix, _CAPTION))
+            yield from (path, *map(path.with_suffix, CAPTIONS))
 
     def _state(self, item: str) -> list[Any]:
         path = self._root / item
-        captions = [file_state(path.with_suffix(ending)) for ending in _CAPTION]
+        captions = [file_state(path.with_suffix(ending)) for ending in CAPTIONS]
         return [item, file_state(path), *captions, self._duplicates.get(item)]
 
     def split(self, key: str) -> str:
@@ -85,7 +85,7 @@ class FolderSource:
         image = self._validator.read(key, where, path)
         if isinstance(image, Failure):
             return image
-        file = next((file for file in map(path.with_suffix, _CAPTION) if file.exists()), path.with_suffix(".txt"))
+        file = next((file for file in map(path.with_suffix, CAPTIONS) if file.exists()), path.with_suffix(".txt"))
         caption = self._validator.read(key, printable(file.relative_to(self._root).as_posix()), file)
         if isinstance(caption, Failure):
             if caption.kind != "missing":
@@ -97,7 +97,7 @@ class FolderSource:
 REMEDY = "set ingest.source.path in params.yaml to a folder of images, each with a .txt of the same stem"
 
 
-_CAPTION = (".txt", ".TXT")
+CAPTIONS = (".txt", ".TXT")
 _NO_CAPTIONS = {"readme", "license", "licence", "notice"}  # stems of text files that come with data sets
 
 
@@ -113,7 +113,7 @@ def _find_items(root: Path) -> list[str]:
             pictures.add(file)
         elif ending == "txt" and file.stem.lower() not in _NO_CAPTIONS:
             texts.add(file)
-    captions = {picture.with_suffix(ending) for picture in pictures for ending in _CAPTION}
+    captions = {picture.with_suffix(ending) for picture in pictures for ending in CAPTIONS}
     return sorted(file.relative_to(root).as_posix() for file in pictures | (texts - captions))
 
 
