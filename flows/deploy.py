@@ -15,7 +15,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import yaml
 from prefect.automations import Automation
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -34,6 +33,7 @@ from prefect.workers.utilities import (
 from flows.pool import WORKER_DIED, reproduce_on_pool, trial_on_pool
 from flows.runtime.scratch import EXPECTED
 from lotlip.core.section import ConfigError, nearest
+from lotlip.core.yaml import read_yaml
 
 PROCESS = "process"
 POOLS = {"cpu": 4, "gpu": 1}  # name → number of flow runs at a time, for a new pool
@@ -90,10 +90,10 @@ class Pool:
             )
         if self.template is None:
             return default
-        try:
-            return dict(yaml.safe_load(self.template.read_text(encoding="utf-8")))
-        except (yaml.YAMLError, TypeError, ValueError) as error:
-            raise ConfigError(f"{self.template} is not a job template: {error}") from error
+        template = read_yaml(self.template)
+        if not isinstance(template, dict):
+            raise ConfigError(f"{self.template} is not a job template, which is a mapping")
+        return template
 
 
 def create_pools(pools: Sequence[Pool]) -> None:

@@ -611,9 +611,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Estimate the steps, tokens, memory, storage and time of a training run without training."""
-    import yaml
-
     from lotlip.config.params import load_params
+    from lotlip.core.yaml import read_yaml
     from lotlip.data.index import INDEX_FILE, ShardIndex, read_index
     from lotlip.plan.describe import describe
     from lotlip.plan.plan import Gpu, images_by_name, on_gpus
@@ -626,7 +625,7 @@ def plan(
         typer.echo(f"warning: {warning}", err=True)
     if gpus:
         gpu_file = Path("infra", "gpus", f"{gpus}.yaml")
-        differences = yaml.safe_load(gpu_file.read_text(encoding="utf-8")) if gpu_file.is_file() else {}
+        differences = read_yaml(gpu_file) if gpu_file.is_file() else {}
         config, compute = on_gpus(config, compute, gpus, differences)
     written = (settings.paths.shards / INDEX_FILE).is_file() and not profile
     shards = read_index(settings.paths.shards, ShardIndex) if written else None

@@ -11,12 +11,14 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from flows.sweep.sweep import read_sweep
 from flows.sweep.trials import Sweep, make_grid
 from lotlip.caption.config import PRESETS, TransformersCaptionerConfig
 from lotlip.config.moved import MOVED
 from lotlip.config.params import Params, checked_params, load_params
 from lotlip.core.compute import Compute, TrainingCompute
 from lotlip.core.section import ConfigError, Section, merge
+from lotlip.core.yaml import parse_yaml
 from lotlip.pretrain.config import PretrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -362,6 +364,38 @@ def test_an_unreadable_file_is_an_error_with_its_reason(tmp_path):
     file.write_text("- a list")
     with pytest.raises(ConfigError, match="must be a mapping of sections"):
         load_params(file)
+    for encoding in ("utf-16", "latin-1"):
+        file.write_text("title: Bäume", encoding=encoding)
+        with pytest.raises(ConfigError, match=r"params\.yaml is not UTF-8; save it as UTF-8"):
+            load_params(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("pretrain: {steps: 1}\nablations: {}\npretrain: {seeds: [1]}\n", "pretrain", (1, 3)),
+        ("ablations:\n  lit: {steps: 1}\n  'lit': {steps: 2}\n", "lit", (2, 3)),
+        ("- {seeds: 1,\n   seeds: 1}\n", "seeds", (1, 2)),
+        ("base: &base {a: 1}\nother:\n  <<: *base\n  a: 2\n  a: 3\n", "a", (4, 5)),
+    ],
+)
+def test_a_repeated_key_is_an_error_with_both_lines(tmp_path, text, key, lines):
+    file = tmp_path / "params.yaml"
+    file.write_text(text)
+    message = f"the key {key!r} is on line {lines[0]} and again on line {lines[1]}; rename or remove one of them"
+    for read in (load_params, lambda file: read_sweep(str(file))):
+        with pytest.raises(ConfigError) as caught:
+            read(file)
+        assert str(caught.value) == f"{file} is not YAML: {message}"
+
+
+def test_merged_keys_may_be_overridden():
+    text = """
+    deep: {deeper: {deepest: &long {<<: &short {a: 1, b: 1}, b: 2, c: 2}}}
+    lists: [{<<: [*long, *short], c: 3}, *long]
+    """
+    long = {"a": 1, "b": 2, "c": 2}
+    assert parse_yaml(text, "") == {"deep": {"deeper": {"deepest": long}}, "lists": [long | {"c": 3}, long]}
 
 
 def test_merge_recurses_into_mappings_and_replaces_other_values():

@@ -12,14 +12,12 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flows.runtime.scratch import StageFailed
 from lotlip.config.params import Params
 from lotlip.core.code import code_hash, is_edited
 from lotlip.core.differences import differences, format_differences
 from lotlip.core.section import ConfigError
-from lotlip.core.yaml import parse_yaml
+from lotlip.core.yaml import read_yaml
 
 GRAPH, PARAMS = Path("dvc.yaml"), Path("params.yaml")
 
@@ -46,7 +44,7 @@ class Inputs:
         remedy = "undo the edit and run again, which continues this run, or run again to use it"
         try:
             edited = differences(parameters(self._stage, self._item), self._parameters)
-        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise StageFailed(f"{PARAMS} was edited during this run and cannot be read ({error}); {remedy}") from error
         if edited:
             raise StageFailed(f"{PARAMS} was edited during this run ({format_differences(edited)}); {remedy}")
@@ -67,10 +65,10 @@ def check_watched_parameters(params: Params) -> None:
     """
     try:
         given = [name for entry in _stages() for name in entry.get("params") or ()]
-    except (OSError, yaml.YAMLError, AttributeError, TypeError):
+    except (OSError, ConfigError, AttributeError, TypeError):
         return
     watched = [name for name in given if isinstance(name, str) and "${" not in name]
-    values = parse_yaml(PARAMS.read_text(encoding="utf-8"))
+    values = read_yaml(PARAMS)
     defaults = params.model_dump(mode="json")
     missing = [
         f"{name}: {json.dumps(reduce(_member, name.split('.'), defaults), allow_nan=False)}"
@@ -90,7 +88,7 @@ def _has(values: Any, name: str) -> bool:
 
 def _stages() -> Iterator[dict[str, Any]]:
     """Yields the definition of each stage of dvc.yaml."""
-    graph = parse_yaml(GRAPH.read_text(encoding="utf-8")) or {}
+    graph = read_yaml(GRAPH) or {}
     for entry in graph.get("stages", {}).values():
         yield entry.get("do", entry)
 
@@ -106,7 +104,7 @@ def parameters(stage: str, item: str | None) -> dict[str, Any]:
     for entry in _stages():
         if str(entry.get("cmd")).split()[:4] == ["python", "-m", "flows", stage]:
             names += [name.replace("${key}", item or "") for name in entry["params"]]
-    values = parse_yaml(PARAMS.read_text(encoding="utf-8"))
+    values = read_yaml(PARAMS)
     return {name: reduce(_member, name.split("."), values) for name in names}
 
 

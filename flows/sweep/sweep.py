@@ -19,7 +19,6 @@ from statistics import mean
 from typing import Any
 
 import httpx
-import yaml
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
@@ -62,6 +61,7 @@ from lotlip.config.params import load_params
 from lotlip.core.console import INTERRUPTED
 from lotlip.core.section import ConfigError
 from lotlip.core.temporary import temporary_folder
+from lotlip.core.yaml import parse_yaml, read_yaml
 from lotlip.data.paths import check_inputs
 from lotlip.tracking.store import warn_on_failure
 
@@ -351,10 +351,8 @@ def read_sweep(text: str) -> Sweep:
         ConfigError: it is invalid; the message says why.
     """
     try:
-        content = text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8")
-        return Sweep.model_validate(yaml.safe_load(content))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{text} is neither YAML nor JSON: {error}") from error
+        is_content = text.lstrip().startswith("{")
+        return Sweep.model_validate(parse_yaml(text, text) if is_content else read_yaml(Path(text)))
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
         raise ConfigError(f"{text} is not a valid sweep:", lines) from None

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from lotlip.caption.config import CaptionConfig
@@ -16,7 +15,7 @@ from lotlip.core.paths import Paths
 from lotlip.core.section import ConfigError, Name, Section, SectionT, flatten, merge, nearest
 from lotlip.core.stages import STAGES, section
 from lotlip.core.variants import Variants, kinds_of
-from lotlip.core.yaml import parse_yaml
+from lotlip.core.yaml import read_yaml
 from lotlip.data.models import local_model
 from lotlip.evaluate.config import EvaluateConfig, PublishedBenchmarkConfig
 from lotlip.image_tower.config import (
@@ -347,13 +346,11 @@ def load_params(path: Path | str = "params.yaml") -> Params:
     """
     path = Path(path)
     try:
-        data = parse_yaml(path.read_text(encoding="utf-8"))
+        data = read_yaml(path)
     except FileNotFoundError as error:
         raise ConfigError(
             f"{path} does not exist; run from the project's root, or copy a file of profiles/ to it"
         ) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must be a mapping of sections, one per stage")
     return checked_params(data, str(path))

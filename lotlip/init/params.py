@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from lotlip.config.params import Params, checked_params
+from lotlip.core.yaml import parse_yaml
 from lotlip.importing.start import StartingModel
 from lotlip.init.captioner import UNKNOWN
 from lotlip.init.inspection import Inspection
@@ -144,7 +145,7 @@ def checked(text: str, place: str) -> Params:
     Raises:
         ConfigError: it has invalid keys or values.
     """
-    return checked_params(yaml.safe_load(text), place)
+    return checked_params(parse_yaml(text, place), place)
 
 
 def _revision_note(captioner: Mapping[str, Any]) -> str:
