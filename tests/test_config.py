@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,41 @@ def test_all_errors_are_in_one_list(tmp_path):
             {"ingest": {"source": {"val_share": 0.5, "test_share": 0.5}}},
             "ingest.source: val_share + test_share must be below 1, to leave samples for training",
         ),
+        (
+            {"pretrain": {"seeds": [202405101200]}},
+            "pretrain.seeds.0: Input should be less than or equal to 4294967295, not 202405101200",
+        ),
+        ({"shard": {"seed": -1}}, "shard.seed: Input should be greater than or equal to 0, not -1"),
+        (
+            {"pretrain": {"optimizer": {"betas": [0.9, 1]}}},
+            "pretrain.optimizer.betas.1: Input should be less than 1, not 1",
+        ),
+        (
+            {"compute": {"training": {"peer_timeout_seconds": 1e300}}},
+            "compute.training.peer_timeout_seconds: Input should be less than or equal to 1000000000, not 1e+300",
+        ),
+        (
+            {"compute": {"training": {"launch": {"kind": "rendezvous", "nodes": 1, "endpoint": "host:65536"}}}},
+            "compute.training.launch.endpoint: must have a port in 1 to 65535, not 'host:65536'",
+        ),
+        (
+            {"image_tower": {"mean": [123.7, 116.3, 103.5]}},
+            "image_tower.mean: [123.7, 116.3, 103.5] is outside 0..1, but pixels are 0..1; divide values for 0..255 by "
+            "255",
+        ),
+        (
+            {"image_tower": {"std": [58.4, 57.1, 57.4]}},
+            "image_tower.std: [58.4, 57.1, 57.4] is outside 0..1, but pixels are 0..1; divide values for 0..255 by 255",
+        ),
+        (
+            {"image_tower": {"std": [-0.1, 1, 1]}},
+            "image_tower.std: [-0.1, 1.0, 1.0] is outside 0..1, but pixels are 0..1; divide values for 0..255 by 255",
+        ),
+        (
+            {"image_tower": {"std": [0, 0.2, 0.2]}},
+            "image_tower.std: [0.0, 0.2, 0.2] has a 0, by which pixels cannot be divided; null: as the model was "
+            "trained",
+        ),
     ],
 )
 def test_a_value_out_of_range_is_an_error_stating_the_range(tmp_path, differences, line):
@@ -214,6 +250,23 @@ def test_no_number_of_any_section_takes_a_boolean():
                     assert name in {error["loc"][0] for error in caught.value.errors()}, (section, name, value)
                 numbers += 1
     assert numbers > 100
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_no_number_of_any_section_is_infinite(value):
+    """Pydantic takes infinity for a number above 0, unless a section forbids it."""
+    sections = [Section]
+    for section in sections:
+        sections += section.__subclasses__()
+    numbers = 0
+    for section in sections:
+        for name, field in section.model_fields.items():
+            if re.search(r"\bfloat\b", str(field.annotation)):
+                with pytest.raises(ValidationError) as caught:
+                    section.model_validate({name: value})
+                assert name in {error["loc"][0] for error in caught.value.errors()}, (section, name)
+                numbers += 1
+    assert numbers > 50
 
 
 def test_whole_numbers_may_be_floats_and_null_stays_null(tmp_path):
@@ -328,10 +381,59 @@ def test_an_image_tower_of_kind_start_needs_a_starting_model(tmp_path):
             {"pretrain": {"loss": {"initial_bias": -10}}},
             "pretrain.loss: objective infonce has no bias; set initial_bias to null",
         ),
+        (
+            {"ablations": {"short": {"steps": 49}}},
+            "ablations.short: optimizer.warmup_steps 50 is above steps 49, so no step would have the peak learning "
+            "rate; lower it",
+        ),
+        *(
+            (
+                {"ablations": {"none": weights}},
+                "ablations.none: no text has a weight in the loss, so nothing is learned; raise "
+                "loss.short_loss_weight or, with long texts, loss.long_loss_weight",
+            )
+            for weights in (
+                {"loss": {"short_loss_weight": 0}, "long_texts": {"sub_captions": 0}},
+                {"loss": {"short_loss_fraction": 0, "long_loss_weight": 0}},
+                {"loss": {"short_loss_fraction": 1, "short_loss_weight": 0}},
+            )
+        ),
+        (
+            {"caption": {"quality": {"short": 30, "long": 3}}},
+            "caption.quality: short 30 is above long 3, so every caption is dropped; lower it",
+        ),
+        (
+            {"ingest": {"source": {"test_share": 0}}},
+            "evaluate.benchmarks.mine reads the split test, which has no images; raise ingest.source.test_share",
+        ),
     ],
 )
 def test_inconsistent_sections_are_errors(tmp_path, differences, line):
     assert errors_of(tmp_path, differences) == [line]
+
+
+@pytest.mark.parametrize(
+    ("differences", "line"),
+    [
+        ({"image_tower": {"heads": 7}}, "image_tower: heads 7 does not divide width 128; change one of them"),
+        ({"image_tower": {"patch_size": 12}}, "image_tower: patch_size 12 is not a power of two"),
+        (
+            {"image_tower": {"patch_size": 128}},
+            "image_tower: patch_size 128 does not divide image_size 64; lower it",
+        ),
+        (
+            {"ingest": {"source": {"test": 6000}}},
+            "evaluate.benchmarks.scenes.size is 5000, but ingest.source.test is 6000; set one to the other's value",
+        ),
+        (
+            {"evaluate": {"benchmarks": {"captions": {"size": 5001}}}},
+            "evaluate.benchmarks.captions.size is 5001, but ingest.source.test is 5000; set one to the other's value",
+        ),
+    ],
+)
+def test_inconsistent_settings_of_the_demo_are_errors(tmp_path, differences, line):
+    demo = yaml.safe_load((ROOT / "params.yaml").read_text())
+    assert errors_of(tmp_path, differences, demo) == [line]
 
 
 def test_long_texts_need_a_captioner(tmp_path):

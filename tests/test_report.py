@@ -106,13 +106,17 @@ def known_tables(tables, names):
     return kept
 
 
+# settings of `pretrain` beside seeds and steps
+QUICK = {"text": {"config": {"hidden_size": 64}}, "optimizer": {"warmup_steps": 2}}
+
+
 def make_params(tables=TABLES, findings=FINDINGS, **changes) -> Params:
     names = dict.fromkeys([*changes.get("ablations", ABLATIONS), *changes.get("finetune", {})], True)
     data = {
         "ingest": {"source": {"kind": "folder", "path": "pictures"}},
         "image_tower": {"kind": "scenes"},
         "caption": {"captioners": {"llava": {"kind": "table", "path": "llava.csv"}}},
-        "pretrain": {"seeds": [0, 1], "steps": 40, "text": {"config": {"hidden_size": 64}}},
+        "pretrain": {"seeds": [0, 1], "steps": 40, **QUICK},
         "evaluate": {"benchmarks": {"scenes": {"kind": "scenes", "size": 100}}},
         "report": {"title": "A report", "note": "These are <made-up> numbers.", "contact_sheet": 2},
         "ablations": ABLATIONS,
@@ -1185,7 +1189,7 @@ def test_the_quality_of_captions_stands_in_a_table_by_captioner(tmp_path):
 
 def with_intervals(tmp_path, seeds):
     """The report of a project whose R@1 have made-up intervals."""
-    params = make_params(pretrain={"seeds": seeds, "steps": 40, "text": {"config": {"hidden_size": 64}}})
+    params = make_params(pretrain={"seeds": seeds, "steps": 40, **QUICK})
     write_project(tmp_path, params)
     for name in params.ablations:
         file = tmp_path / params.paths.metrics / f"{name}.json"

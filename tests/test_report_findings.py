@@ -25,7 +25,7 @@ from lotlip.report.page import build_report
 from lotlip.report.sections import benchmark_sections
 from lotlip.report.significance import holm, p_value
 from lotlip.report.verdicts import note, tally
-from tests.test_report import Page, make_params, read_csv, write_project
+from tests.test_report import QUICK, Page, make_params, read_csv, write_project
 
 BASELINE = {"text": {"corner_tokens": 0}, "long_texts": {"sub_captions": 0}}
 LIT_BY_K = ["short", "a1", "a2", "longs", "a4", "a5", "a6", "a7"]
@@ -123,7 +123,7 @@ ROLES = {
 
 def paper_params(seeds=(0, 1, 2), ablations=PAPER, **changes):
     return make_params(
-        pretrain={"seeds": list(seeds), "steps": 40, "text": {"config": {"hidden_size": 64}}},
+        pretrain={"seeds": list(seeds), "steps": 40, **QUICK},
         caption={"captioners": {name: {"kind": "table", "path": f"{name}.csv"} for name in CAPTIONERS}},
         ablations=ablations,
         tables=TABLES,

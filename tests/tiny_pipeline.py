@@ -50,6 +50,7 @@ def tiny(params: dict[str, Any]) -> None:
         "steps": 6,
         "batch_size": 16,
     }
+    params["pretrain"]["optimizer"]["warmup_steps"] = 1
     params["compute"] = {"parallel_stages": 2, "training": {"log_every": 2, "max_final_loss_share": 2.0}}
     params["pretrain"]["text"]["config"] = dict(TINY_TEXT)
     scenes = params["evaluate"]["benchmarks"]["scenes"]

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from lotlip.config.params import DECISIVE_SECTIONS, Params, checked_params
 from lotlip.core.files import sha256_json
-from lotlip.core.section import ConfigError, Count, Name, NonNegative, Positive, Section, merge, nearest
+from lotlip.core.section import ConfigError, Count, Name, NonNegative, Positive, Section, Seed, merge, nearest
 from lotlip.evaluate.records import BenchmarkScores
 from lotlip.evaluate.score_names import RECALLS, Metric
 
@@ -36,7 +36,7 @@ class Sweep(Section):
     context_lengths: list[Annotated[int, Field(ge=8, le=512)]] = Field(
         [], title="Context lengths", description="tokens per text, 8 to 512"
     )
-    seeds: list[NonNegative] = Field([], title="Seeds", description="one run per seed")
+    seeds: list[Seed] = Field([], title="Seeds", description="one run per seed")
     other: dict[str, list[Value]] = Field(
         {},
         title="Other parameters",

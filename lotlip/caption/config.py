@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from lotlip.core.section import Commit, Count, Name, NonNegative, Positive, Section, Share
+from lotlip.core.section import Commit, Count, Name, NonNegative, Positive, Section, Seed, Share
 from lotlip.core.variants import Variants
 from lotlip.data.text import SentenceEnds
 
@@ -21,7 +21,7 @@ class SceneCaptionerConfig(Section):
     style: Literal["instructblip", "llava", "sharegpt4v"] = Field(description="captioner whose wording is imitated")
     omission: Share = Field(0.1, description="probability that an object is omitted")
     error: Share = Field(0.03, description="probability that an attribute is wrong")
-    seed: int = Field(0, description="seed of omissions, errors and wording")
+    seed: Seed = Field(0, description="seed of omissions, errors and wording")
 
 
 class SceneRewriterConfig(Section):
@@ -30,7 +30,7 @@ class SceneRewriterConfig(Section):
     rewrites: ClassVar = True
     kind: Literal["rewrite-scenes"]
     path: Path = Field(description="the module that rewords the captions; DVC watches it")
-    seed: int = Field(0, description="seed of the wording")
+    seed: Seed = Field(0, description="seed of the wording")
 
 
 class TableCaptionerConfig(Section):
@@ -72,7 +72,7 @@ class _EndpointConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
         1.0, description="nucleus sampling: share of the probability mass that tokens are sampled from"
     )
-    seed: int | None = Field(0, description="seed of sampling, sent to the server")
+    seed: Seed | None = Field(0, description="seed of sampling, sent to the server")
 
     @property
     def decoding(self) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class _TransformersConfig(Section):
     )
     repetition_penalty: Positive = Field(1.0, description="1: no penalty")
     length_penalty: float = Field(1.0, description="beam search: above 0 favours longer texts, below 0 shorter ones")
-    seed: int = Field(0, description="seed of sampling")
+    seed: Seed = Field(0, description="seed of sampling")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="number format of the weights; auto: bfloat16 on a GPU, float32 on the CPU"
     )
@@ -287,6 +287,12 @@ class QualityConfig(Section):
     disagreement: Share | None = Field(
         None, description="smallest share of the short caption's content words that the caption must contain"
     )
+
+    @model_validator(mode="after")
+    def _some_length(self) -> QualityConfig:
+        if self.short and self.long and self.short > self.long:
+            raise ValueError(f"short {self.short} is above long {self.long}, so every caption is dropped; lower it")
+        return self
 
 
 # Columns of partitions and names of stage inputs, which share a namespace with captioners.

@@ -17,7 +17,12 @@ from lotlip.core.stages import STAGES, section
 from lotlip.core.variants import Variants, kinds_of
 from lotlip.core.yaml import read_yaml
 from lotlip.data.models import local_model
-from lotlip.evaluate.config import EvaluateConfig, PublishedBenchmarkConfig
+from lotlip.evaluate.config import (
+    EvaluateConfig,
+    HeldOutBenchmarkConfig,
+    PublishedBenchmarkConfig,
+    SceneBenchmarkConfig,
+)
 from lotlip.image_tower.config import (
     ImageTowerConfig,
     OpenClipTowerConfig,
@@ -26,7 +31,7 @@ from lotlip.image_tower.config import (
     TimmTowerConfig,
     TransformersTowerConfig,
 )
-from lotlip.ingest.config import IngestConfig, SceneSourceConfig
+from lotlip.ingest.config import IngestConfig, SceneSourceConfig, SplitByKey
 from lotlip.models.vision.spec import START
 from lotlip.pretrain.config import RAW, PretrainConfig
 from lotlip.report.config import FindingsConfig, ReportConfig, TableConfig, declaration_problems
@@ -179,6 +184,7 @@ class Params(Section):
             for key, path in self.inputs()
             if (name := self.paths.overlaps(path))
         ]
+        problems += self._split_problems()
         problems += [
             f"compute.{part}.{name}: no such {part[:-1]} ({', '.join(known) or 'none'})"
             for part, known in (("ablations", self.names), ("captioners", list(self.caption.captioners)))
@@ -249,6 +255,19 @@ class Params(Section):
                 yield "evaluate.baselines", path
         if self.report.stored_results:
             yield "report.stored_results", self.report.stored_results
+
+    def _split_problems(self) -> Iterator[str]:
+        """Benchmarks on splits of the data set that have too few images, as far as params.yaml says how many."""
+        source = self.ingest.source
+        for name, benchmark in self.evaluate.benchmarks.items():
+            if not isinstance(benchmark, (SceneBenchmarkConfig, HeldOutBenchmarkConfig)):
+                continue
+            split, size, place = benchmark.split, benchmark.size, f"evaluate.benchmarks.{name}"
+            if isinstance(source, SplitByKey) and not getattr(source, f"{split}_share"):
+                yield f"{place} reads the split {split}, which has no images; raise ingest.source.{split}_share"
+            scenes = getattr(source, split) if isinstance(source, SceneSourceConfig) else size
+            if size and (size > scenes or (benchmark.kind == "scenes" and size != scenes)):
+                yield f"{place}.size is {size}, but ingest.source.{split} is {scenes}; set one to the other's value"
 
     def _caption_problems(self, name: str, config: PretrainConfig) -> list[str]:
         """Problems with an ablation's use of captioners."""

@@ -8,11 +8,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from lotlip.core.section import Count, Name, NonNegative, Port, Positive, Section
 
+Seconds = Annotated[float, Field(gt=0, le=1e9)]  # sockets and locks take no longer times
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+
+
+def _with_a_port(endpoint: str) -> str:
+    if not 1 <= int(endpoint.rpartition(":")[2]) <= 65535:
+        raise ValueError("must have a port in 1 to 65535")
+    return endpoint
 
 
 class LocalLaunch(Section):
@@ -42,7 +49,7 @@ class RendezvousLaunch(Section):
 
     kind: Literal["rendezvous"]
     nodes: Count = Field(description="number of machines")
-    endpoint: Annotated[str, Field(pattern=r"^[^:\s]+:\d+$")] = Field(
+    endpoint: Annotated[str, Field(pattern=r"^[^:\s]+:\d+$"), AfterValidator(_with_a_port)] = Field(
         description="HOST:PORT at which the other machines reach the one that runs the stage"
     )
 
@@ -101,7 +108,7 @@ class TrainingCompute(Section):
     max_final_loss_share: Positive = Field(
         0.95, description="highest final loss that passes the gate, as a share of the loss at chance"
     )
-    peer_timeout_seconds: Positive = Field(
+    peer_timeout_seconds: Seconds = Field(
         600, description="how long a process waits for the others before it ends the run, because one of them hangs"
     )
 
@@ -142,7 +149,7 @@ class CaptionerCompute(Section):
     )
     batch_size: Count = Field(8, description="transformers: images per batch; halved when the GPU runs out of memory")
     concurrency: Count = Field(16, description="endpoint: requests in flight per process, across all its units")
-    timeout_seconds: Positive = Field(120, description="endpoint: a request without a response for so long is retried")
+    timeout_seconds: Seconds = Field(120, description="endpoint: a request without a response for so long is retried")
     retries: NonNegative = Field(
         5, description="endpoint: retries of a request after the first attempt, after 0.5 s, 1 s, 2 s, …"
     )
@@ -183,7 +190,9 @@ class Compute(Section):
         description="stages that `make reproduce` runs at the same time; the stages of small models leave cores idle",
     )
     retries: NonNegative = Field(2, description="retries of a unit after the first attempt")
-    retry_delay_seconds: Annotated[float, Field(ge=0)] = Field(1.0, description="pause before a unit is retried")
+    retry_delay_seconds: Annotated[float, Field(ge=0, le=1e9)] = Field(
+        1.0, description="pause before a unit is retried"
+    )
     task_runner: Literal["threads", "processes", "ray", "dask"] = Field(
         "threads", description="where the units of ingest, caption, shard and evaluate run: docs/scaling.md"
     )

@@ -15,6 +15,8 @@ Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Precision = Literal["fp32", "bf16"]
+# numpy takes no others.
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 # A commit on the model hub: branches and tags move.
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
@@ -36,9 +38,12 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """A section of params.yaml: frozen; an unknown key is an error, and so is a boolean where a number belongs."""
+    """A section of params.yaml: frozen; an unknown key is an error.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    So is a boolean where a number belongs, and an infinite number or NaN.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

@@ -5,21 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from lotlip.core.section import Commit, Count, Positive, Section, Share
+from lotlip.core.section import Commit, Count, Positive, Section, Seed, Share
 from lotlip.core.variants import Variants
 from lotlip.data.models import LOCAL
 from lotlip.data.scenes import SceneObjects
 
 # Names as in `lotlip.data.images.RESIZES`.
 Resize = Literal["crop", "squash", "pad"]
-Channels = tuple[float, float, float]
 # Names as in `lotlip.data.images.INTERPOLATIONS`.
 Interpolation = Literal["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest"]
 # Names as in `lotlip.models.vision.spec.POOLINGS`.
 Pooling = Literal["model", "token", "mean", "token+mean", "map"]
 
+
+def _of_pixels_in_0_to_1(values: tuple[float, float, float]) -> tuple[float, float, float]:
+    if not all(0 <= value <= 1 for value in values):
+        raise ValueError(f"{list(values)} is outside 0..1, but pixels are 0..1; divide values for 0..255 by 255")
+    return values
+
+
+def _above_0(values: tuple[float, float, float]) -> tuple[float, float, float]:
+    if not all(values):
+        raise ValueError(f"{list(values)} has a 0, by which pixels cannot be divided; null: as the model was trained")
+    return values
+
+
+Means = Annotated[tuple[float, float, float], AfterValidator(_of_pixels_in_0_to_1)]
+Deviations = Annotated[Means, AfterValidator(_above_0)]
 
 _RESIZE = (
     "how an image becomes a square. crop: resize the shorter side and keep the centre, as in the released code; "
@@ -33,7 +47,7 @@ class SceneTowerConfig(SceneObjects):
 
     kind: Literal["scenes"]
     scenes: Count = Field(12000, description="number of generated scenes to train on")
-    seed: int = Field(1, description="seed of these scenes and of the initial weights")
+    seed: Seed = Field(1, description="seed of these scenes and of the initial weights")
     width: Count = Field(128, description="width of the image feature")
     depth: Count = Field(2, description="number of transformer layers")
     heads: Count = Field(8, description="number of attention heads; must divide width")
@@ -47,6 +61,16 @@ class SceneTowerConfig(SceneObjects):
     min_accuracy: Share = Field(
         0.6, description="minimum accuracy, averaged over attributes, on held-out scenes; a lower one fails the gate"
     )
+
+    @model_validator(mode="after")
+    def _divisible(self) -> SceneTowerConfig:
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width {self.width}; change one of them")
+        if self.patch_size.bit_count() != 1:
+            raise ValueError(f"patch_size {self.patch_size} is not a power of two")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}; lower it")
+        return self
 
 
 class PretrainedTowerConfig(Section):
@@ -64,10 +88,12 @@ class PretrainedTowerConfig(Section):
     crop: Annotated[float, Field(ge=0.1, le=1)] | None = Field(
         None, description="fraction of the resized image's sides that is kept, from its centre; `resize: pad` keeps all"
     )
-    mean: Channels | None = Field(
+    mean: Means | None = Field(
         None, description="mean of each channel, for pixels in 0..1; null: as the model was trained"
     )
-    std: Channels | None = Field(None, description="standard deviation of each channel; null: as the model was trained")
+    std: Deviations | None = Field(
+        None, description="standard deviation of each channel, likewise; null: as the model was trained"
+    )
 
 
 class TimmTowerConfig(PretrainedTowerConfig):

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lotlip.core.section import Count, Section, Share
+from lotlip.core.section import Count, Section, Seed, Share
 from lotlip.core.variants import Variants
 from lotlip.data.scenes import SceneObjects
 
@@ -18,7 +18,7 @@ class SceneSourceConfig(SceneObjects):
 
     kind: Literal["scenes"]
     path: Path = Field(description="the module that draws the scenes; DVC watches it")
-    seed: int = Field(0, description="seed from which the scenes are drawn")
+    seed: Seed = Field(0, description="seed from which the scenes are drawn")
     image_size: Annotated[int, Field(ge=32, le=512)] = Field(64, description="pixels per side")
     train: Count = Field(8000, description="scenes in the training split")
     val: Count = Field(500, description="scenes in the validation split")
@@ -30,7 +30,7 @@ class SplitByKey(Section):
 
     val_share: Share = Field(0.05, description="share of the samples in the validation split")
     test_share: Share = Field(0.1, description="share of the samples in the test split")
-    split_seed: int = Field(0, description="seed of the split; another seed splits the samples differently")
+    split_seed: Seed = Field(0, description="seed of the split; another seed splits the samples differently")
 
     @model_validator(mode="after")
     def _some_left_to_train(self) -> SplitByKey:

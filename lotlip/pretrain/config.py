@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lotlip.core.section import Commit, Count, Name, NonNegative, Positive, Precision, Section, Share, flatten
+from lotlip.core.section import Commit, Count, Name, NonNegative, Positive, Precision, Section, Seed, Share, flatten
 from lotlip.data.text import Sampler, ShortSampler, Window
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class PositionInterpolation(Section):
@@ -458,7 +459,7 @@ class OptimizerConfig(Section):
         "cosine", description="curve by which the learning rate falls to 0 after warm-up"
     )
     learning_rate: Positive = Field(5e-4, description="peak learning rate, after warm-up")
-    betas: tuple[Share, Share] = Field((0.9, 0.98), description="decay rates of the moments")
+    betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.98), description="decay rates of the moments")
     eps: Positive = Field(1e-6, description="constant against division by zero")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.2, description="weight decay")
     warmup_steps: NonNegative = Field(50, description="number of steps in which the learning rate rises from 0")
@@ -468,7 +469,7 @@ class OptimizerConfig(Section):
 class PretrainConfig(Section):
     """Contrastive training of the text tower, with long texts and corner tokens (paper, section 3)."""
 
-    seeds: Annotated[list[int], Field(min_length=1)] = Field([0], description="one model is trained per seed")
+    seeds: Annotated[list[Seed], Field(min_length=1)] = Field([0], description="one model is trained per seed")
     steps: Count = Field(500, description="number of optimizer steps")
     batch_size: Annotated[int, Field(ge=2)] = Field(
         64, description="samples per step, over all processes and micro-batches"
@@ -583,6 +584,20 @@ class PretrainConfig(Section):
         if text.frozen and self.image_tower.frozen:
             raise ValueError(
                 "both towers are frozen, so nothing is trained; set text.frozen or image_tower.frozen to false"
+            )
+        if self.optimizer.warmup_steps > self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} is above steps {self.steps}, so no step would "
+                "have the peak learning rate; lower it"
+            )
+        loss, has_long_texts = self.loss, bool(self.long_texts.sub_captions)
+        fraction = loss.short_loss_fraction if has_long_texts else None
+        short_counts = loss.short_loss_weight > 0 and fraction != 0
+        long_counts = has_long_texts and loss.long_loss_weight > 0 and fraction != 1
+        if not (short_counts or long_counts):
+            raise ValueError(
+                "no text has a weight in the loss, so nothing is learned; raise loss.short_loss_weight or, with long "
+                "texts, loss.long_loss_weight"
             )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds} contains duplicates; remove them")

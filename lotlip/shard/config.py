@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from lotlip.core.section import Count, Positive, Precision, Section, Share
+from lotlip.core.section import Count, Positive, Precision, Section, Seed, Share
 
 
 class ShardConfig(Section):
@@ -12,7 +12,7 @@ class ShardConfig(Section):
 
     samples_per_shard: Count = Field(1000, description="largest number of samples in a shard")
     max_bytes: Count = Field(1_000_000_000, description="approximate largest size of a shard")
-    seed: int = Field(0, description="seed of the order in which samples are put into shards")
+    seed: Seed = Field(0, description="seed of the order in which samples are put into shards")
     store_features: bool = Field(True, description="run the frozen tower once, in this stage, instead of at every step")
     precision: Precision = Field(
         "fp32", description="number format in which the frozen tower computes the stored features; bf16 is autocast"
