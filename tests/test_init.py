@@ -347,6 +347,46 @@ def test_paths_may_start_from_the_folder_of_the_table(data: Path) -> None:
     assert len(records) == 30 and not failures
 
 
+def test_paths_that_lead_out_through_a_link_are_an_error_with_a_remedy(data: Path, tmp_path: Path) -> None:
+    disk, folder = tmp_path / "disk", tmp_path / "set"
+    folder.mkdir()
+    (data / "images").rename(disk)
+    (folder / "images").symlink_to(disk)
+    table = (data / "captions.csv").rename(folder / "captions.csv")
+    table.write_text(table.read_text().replace(",sub/", ",images/sub/"))
+    for images in (None, folder, folder / "images"):
+        with pytest.raises(
+            ValueError, match=rf"through the link {folder}/images → {disk}; .*remove images/ from the paths"
+        ):
+            find_source(folder, images)
+    table.write_text(table.read_text().replace(",images/sub/", ",sub/"))
+    records, failures, _, _ = read_sample(
+        TypeAdapter(SourceConfig).validate_python(find_source(folder, folder / "images").source)
+    )
+    assert len(records) == 30 and not failures
+    (folder / "images").unlink()
+    (folder / "sub").mkdir()
+    for file in (disk / "sub").iterdir():
+        (folder / "sub" / file.name).symlink_to(file)
+    with pytest.raises(
+        ValueError, match=rf"through the link {folder}/sub/000.png → .*; replace the link by what it leads to$"
+    ):
+        find_source(table, None)
+
+
+def test_tables_among_the_images_are_not_read(data: Path) -> None:
+    """Many downloads have a JSON file with metadata beside each image."""
+    (data / "captions.csv").unlink()
+    (data / "captions.json").write_text(json.dumps(rows()))
+    (data / "more.json").write_text(json.dumps([{**row, "file_name": f"gone/{row['id']}.png"} for row in rows()]))
+    for n in range(30):
+        (data / f"images/sub/{n:03}.json").write_text(json.dumps({"width": 60}))
+    source = find_source(data, data / "images")
+    found = inspect(source, lambda texts: [len(text.split()) for text in texts])
+    assert found.images == 30 and len(found.texts["detailed"].tokens) == 30
+    assert source.captioners["detailed"]["images"] == f"{data}/images"
+
+
 @pytest.mark.parametrize(
     ("change", "options", "problem"),
     [

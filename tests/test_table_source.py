@@ -253,6 +253,8 @@ def test_images_outside_their_folder_are_unsafe(tmp_path):
     items = read_all(csv_source(write_csv(tmp_path / "t.csv", rows), tmp_path / "images"))
     expected = ["", "missing", "unreadable", "missing", "unreadable", "missing"]
     assert [kind for _, kind in kinds(items)] == ["unsafe"] * 6 + expected
+    assert items[4].reason.endswith(f"images: it leads out through the link {tmp_path}/images/way → {tmp_path}")
+    assert items[1].reason.endswith("images")
 
 
 def test_a_folder_may_hold_tables_and_images(tmp_path):

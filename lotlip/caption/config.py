@@ -38,6 +38,7 @@ class TableCaptionerConfig(Section):
 
     kind: Literal["table"]
     path: Path = Field(description="a file, or a folder of files; a subfolder's name is put before its keys")
+    images: Path | None = Field(None, description="folder below path that is not searched for tables")
     key: str = Field("key", description="column of the images' keys, or of the paths or URLs from which keys were made")
     captioner: str | None = Field(
         "captioner", description="column with the captioner of each row; null: all rows belong to this captioner"

@@ -19,6 +19,7 @@ from lotlip.data.images import ENDINGS, is_encoded
 from lotlip.data.rows import TABLES, ParquetTable, TableFile, as_name, find_tables, open_table, require
 from lotlip.data.text import split_sub_captions
 from lotlip.ingest.sources.folder import CAPTIONS
+from lotlip.ingest.sources.table import is_inside, outward_link
 from lotlip.ingest.sources.webdataset import TARS
 
 _ROWS = 200  # that are read to find the columns
@@ -164,6 +165,7 @@ def _table_source(data: Path, kind: str, images: Path | None, columns: Columns) 
     section: dict[str, Any] = {
         "kind": "table",
         "path": data.as_posix(),
+        **({"images": source["images"]} if data.is_dir() and image not in embedded else {}),
         "key": key,
         "captioner": None,
         "repeated": "first",
@@ -251,6 +253,13 @@ def _image_paths(data: Path, texts: dict[str, list[str]], images: Path | None, c
     }
     best = max(shares, key=lambda place: shares[place], default=None)
     if best is None or shares[best] < 0.5:
+        for name, folder in [*shares, *((name, parent) for name in names)]:
+            if link := next(filter(None, (_outward_link(folder, cell) for cell in texts[name])), None):
+                other = f", or remove {link.relative_to(folder)}/ from the paths and add --images {link}"
+                raise ValueError(
+                    f"column {name} of {data} has paths that lead out of {folder}, through the link {link} → "
+                    f"{link.readlink()}; replace the link by what it leads to{other if link.is_dir() else ''}"
+                )
         where = ", ".join(str(folder) for folder in folders)
         what = f"column {column} of {data}" if column else f"no column of {data}"
         raise ValueError(
@@ -280,12 +289,21 @@ def _not_found(texts: dict[str, list[str]]) -> str:
 
 
 def _is_image(folder: Path, cell: str) -> bool:
+    """Whether ingest accepts a path in a folder."""
     try:
-        file = folder / cell
-        inside = not cell.startswith("/") or file.resolve().is_relative_to(folder.resolve())
-        return bool(cell) and inside and file.is_file()
+        # an absolute path is made relative to the folder
+        path = Path(cell).resolve().relative_to(folder.resolve()).as_posix() if cell.startswith("/") else cell
+        return bool(cell) and is_inside(folder, path) and (folder / path).is_file()
     except (OSError, ValueError):  # no file can have this name
         return False
+
+
+def _outward_link(folder: Path, cell: str) -> Path | None:
+    """The link by which a path of a file leads out of the folder, so that ingest does not accept it."""
+    try:
+        return outward_link(folder, cell) if (folder / cell).is_file() else None
+    except (OSError, ValueError):  # no file can have this name
+        return None
 
 
 def _captions(data: Path, texts: dict[str, list[str]], columns: Columns) -> tuple[str, list[str]]:

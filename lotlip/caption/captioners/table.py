@@ -47,7 +47,7 @@ class TableCaptioner:
         self._settings = settings
         self._path = settings.path
         self._count_tokens = count_tokens
-        tables = _tables(settings.path)
+        tables = _tables(settings.path, settings.images)
         self._texts = _TextIndex()
         self._skipped, self._first_skipped = 0, ""
         self._read(tables)
@@ -57,7 +57,7 @@ class TableCaptioner:
             with settings.path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         self.revision = f"sha256:{digest[:12]}"
-        read_as = settings.model_dump(mode="json", exclude={"path", "rewrites"})
+        read_as = settings.model_dump(mode="json", exclude={"path", "images", "rewrites"})
         self.about: dict[str, Any] = {**read_as, "captioner_name": name, "revision": self.revision}
 
     def caption(self, records: Iterable[ImageRecord]) -> Iterator[Caption | Failure]:
@@ -220,10 +220,10 @@ def _in_temporary_folder() -> Iterator[None]:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({error})", tempfile.gettempdir()) from error
 
 
-def _tables(path: Path) -> list[Path]:
+def _tables(path: Path, images: Path | None) -> list[Path]:
     if not path.is_dir() and path.suffix.lower() not in TABLES:
         raise ValueError(f"{path}: a table of captions must end in {', '.join(TABLES)}; convert it")
-    tables = find_tables(path)
+    tables = find_tables(path, skip=images)
     if not tables or not tables[0].is_file():
         fault = "has no table" if path.is_dir() else "does not exist"
         raise ValueError(f"{path} {fault}; set `path` of this captioner in params.yaml to the table of captions")

@@ -98,7 +98,7 @@ class TableSource:
             if self._images is not None:
                 for name in map(self._below, self._image_paths(table, part)):
                     with suppress(OSError, ValueError):  # no file can have this name
-                        if _is_inside(self._images, name):
+                        if is_inside(self._images, name):
                             yield self._images / name
 
     def read(self, unit: Unit) -> Iterator[ImageRecord | Failure]:
@@ -174,18 +174,28 @@ class TableSource:
         if not path or self._images is None:
             return Failure(key, where, f"there is no image in column {self._settings.image}", "missing")
         try:
-            inside = _is_inside(self._images, path)
+            inside = is_inside(self._images, path)
         except (OSError, ValueError) as error:  # no file can have this name
             return Failure(key, where, f"{printable(path)} is not a valid path: {error}", "missing")
         if not inside:
-            reason = f"{printable(path)} is not in ingest.source.images, {self._images}"
+            link = outward_link(self._images, path)
+            through = f": it leads out through the link {link} → {link.readlink()}" if link else ""
+            reason = printable(f"{path} is not in ingest.source.images, {self._images}{through}")
             return Failure(key, where, reason, "unsafe")
         return self._validator.read(key, where, self._images / path)
 
 
-def _is_inside(folder: Path, path: str) -> bool:
+def is_inside(folder: Path, path: str) -> bool:
     """Whether a path does not lead out of the folder that it is relative to, not even by links."""
     return not escapes_folder(path) and (folder / path).resolve().is_relative_to(folder.resolve())
+
+
+def outward_link(folder: Path, path: str) -> Path | None:
+    """The link by which a path below a folder leads out of it; None if there is none."""
+    if escapes_folder(path):
+        return None
+    places = (part for part in reversed([Path(path), *Path(path).parents]) if not is_inside(folder, str(part)))
+    return next((folder / place for place in places), None)
 
 
 def _image(value: Any) -> tuple[bytes | None, str]:
