@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ruamel.yaml
 import yaml
 from pydantic import ValidationError
 
@@ -82,6 +83,30 @@ def test_the_shipped_ablations_match_their_names():
 def test_an_unknown_key_is_an_error_with_path_and_suggestion(tmp_path, differences, place, near):
     (line,) = errors_of(tmp_path, differences)
     assert line.startswith(f"{place}: unknown key; did you mean {near!r}? (known here: ")
+
+
+@pytest.mark.parametrize("name", ["1e-3", "5e4", "1_0e3", "0o7"])
+def test_a_name_that_dvc_reads_as_a_number_is_an_error(tmp_path, name):
+    """DVC reads YAML 1.2, and would have no stage for it."""
+    yaml = ruamel.yaml.YAML(typ="safe", pure=True)
+    assert not isinstance(yaml.load(name), str)
+    (line,) = errors_of(tmp_path, {"ablations": {name: {"steps": 300}}})
+    assert line.startswith(f"ablations.{name}: should be a name that is no number in YAML 1.2, such as n-{name}")
+    assert load(tmp_path, {"ablations": {f"n-{name}": {"steps": 300}}}).ablation(f"n-{name}").steps == 300
+
+
+@pytest.mark.parametrize("key", ["samples", "loss.text_components", "loss.image_components"])
+def test_a_share_of_one_is_not_taken_for_a_count_of_one(tmp_path, key):
+    def nested(value: Any) -> dict[str, Any]:
+        section: Any = value
+        for part in reversed(key.split(".")):
+            section = {part: section}
+        return {"ablations": {"mine": section}}
+
+    (line,) = errors_of(tmp_path, nested(1.0))
+    assert line == f"ablations.mine.{key}: should be a count (a whole number) or a share below 1, not 1.0"
+    for value in (0.5, 1000):
+        load(tmp_path, nested(value))
 
 
 def test_a_name_that_is_also_a_kind_stays_in_the_path(tmp_path):

@@ -265,8 +265,8 @@ class Params(Section):
             split, size, place = benchmark.split, benchmark.size, f"evaluate.benchmarks.{name}"
             if isinstance(source, SplitByKey) and not getattr(source, f"{split}_share"):
                 yield f"{place} reads the split {split}, which has no images; raise ingest.source.{split}_share"
-            scenes = getattr(source, split) if isinstance(source, SceneSourceConfig) else size
-            if size and (size > scenes or (benchmark.kind == "scenes" and size != scenes)):
+            scenes = getattr(source, split) if isinstance(source, SceneSourceConfig) else None
+            if size and scenes is not None and (size > scenes or (benchmark.kind == "scenes" and size != scenes)):
                 yield f"{place}.size is {size}, but ingest.source.{split} is {scenes}; set one to the other's value"
 
     def _caption_problems(self, name: str, config: PretrainConfig) -> list[str]:

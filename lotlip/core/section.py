@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -20,8 +21,18 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 # A commit on the model hub: branches and tags move.
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+# YAML 1.2, which DVC reads, takes these for numbers, and YAML 1.1 for text.
+_NUMBER = re.compile(r"[0-9][0-9_]*e-?[0-9]+|0o[0-7]+")
+
+
+def _no_number(name: str) -> str:
+    if _NUMBER.fullmatch(name):
+        raise ValueError(f"should be a name that is no number in YAML 1.2, such as n-{name}")
+    return name
+
+
 # It becomes part of file names; filesystems limit their length.
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64), AfterValidator(_no_number)]
 
 
 class ConfigError(ValueError):

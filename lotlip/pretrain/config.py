@@ -6,12 +6,23 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from lotlip.core.section import Commit, Count, Name, NonNegative, Positive, Precision, Section, Seed, Share, flatten
 from lotlip.data.text import Sampler, ShortSampler, Window
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _no_whole_share(value: Any) -> Any:
+    if isinstance(value, float) and value >= 1:
+        raise ValueError("should be a count (a whole number) or a share below 1")
+    return value
+
+
+# pydantic would take the share 1.0 for the count 1
+WholeShare = BeforeValidator(_no_whole_share)
+Components = Annotated[NonNegative | Fraction, WholeShare]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -374,12 +385,12 @@ class LossConfig(Section):
     )
     short_loss_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="the released code's `clip_lossweight`")
     long_loss_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="its `declip_lossweight`")
-    image_components: NonNegative | Fraction = Field(
+    image_components: Components = Field(
         0,
         description="Long-CLIP: number of principal components of the image features that the short caption is "
         "compared with (32 there; arXiv 2403.15378, section 3.2), or share of their variance; 0: the full feature",
     )
-    text_components: NonNegative | Fraction = Field(
+    text_components: Components = Field(
         0,
         description="HiMo-CLIP: number of principal components of long texts' features that the image is compared with "
         "as well, or share of their variance (0.9 there; arXiv 2511.06653); 0: the full features only",
@@ -474,7 +485,7 @@ class PretrainConfig(Section):
     batch_size: Annotated[int, Field(ge=2)] = Field(
         64, description="samples per step, over all processes and micro-batches"
     )
-    samples: Count | Fraction | None = Field(
+    samples: Annotated[Count | Fraction, WholeShare] | None = Field(
         None,
         description="number, or share, of the training images that are used; a smaller set is contained in every "
         "larger one; null: all",
