@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from lotlip.ingest.config import SourceConfig
 from lotlip.init.captioner import TRIAL, TRIED, captioner_section
 from lotlip.init.init import init
 from lotlip.init.inspection import inspect, read_sample
-from lotlip.init.source import Columns, find_source
+from lotlip.init.source import Columns, DataSource, find_source, relative_to
 from tests.captioning_server import MODEL, CaptioningServer, caption_text
 from tests.tiny_baselines import CLIP_LENGTH, save_clip
 
@@ -430,7 +431,51 @@ def test_init_writes_a_valid_file_and_describes_the_data(data: Path) -> None:
     parts = ("29 (30 looked at)", "60 × 40 pixels", "cannot be used: unreadable", "images that equal another")
     for part in (*parts, "29 of 29, 4.0 sub-captions"):
         assert part in output, part
-    assert "lotlip run" in lines[-1]
+    assert lines[-1].endswith(f": cd {data} && lotlip run")
+
+
+@pytest.mark.slow
+def test_paths_are_relative_to_the_file_and_the_command_runs_it(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(data)
+    shutil.copytree("images", "lotlip/images")
+    (data / "link").symlink_to(data / "elsewhere" / "deep")
+    (data / "elsewhere" / "deep").mkdir(parents=True)
+    for out, end in {
+        "own.yaml": ", name it params.yaml and, in this folder: lotlip run",
+        "params.yaml": ": lotlip run",
+        "my runs/params.yaml": ": cd 'my runs' && lotlip run",
+        "link/params.yaml": ": cd link && lotlip run",
+    }.items():
+        params, lines = run(Path("captions.csv"), Path(out), images=Path("lotlip/images"))
+        assert lines[-1] == f"written to {out}; to train and score on held-out images{end}"
+        folder = Path(out).parent
+        assert [(folder / path).resolve() for _, path in params.inputs()] == [
+            data / "captions.csv",
+            data / "lotlip" / "images",
+            data / "captions.csv",
+        ]
+
+
+def test_only_paths_of_local_files_are_relative_to_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("clip", "lotlip/caption/captioners/endpoint.py"):
+        (tmp_path / name).mkdir(parents=True)
+    place = relative_to(Path("runs/mine"))
+    assert place("clip") == "../../clip"
+    assert place("open_clip:ViT-B-32:clip") == "open_clip:ViT-B-32:../../clip"
+    for name in (
+        "openai/clip",
+        "open_clip:ViT-B-32:openai",
+        str(tmp_path / "clip"),
+        "lotlip/caption/captioners/endpoint.py",
+    ):
+        assert place(name) == name
+    folder = {"kind": "transformers", "path": "clip", "model": "clip"}
+    moved = DataSource({"kind": "csv", "path": "clip", "image": "clip"}, {"clip": folder}).in_terms_of(place)
+    assert moved.source == {"kind": "csv", "path": "../../clip", "image": "clip"}
+    assert moved.captioners == {"clip": {"kind": "transformers", "path": "../../clip", "model": "../../clip"}}
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from lotlip.init.captioner import TRIAL, TRIED, captioner_section, try_captioner
 from lotlip.init.inspection import Inspection, describe, inspect, text_lengths
 from lotlip.init.look import write_page
 from lotlip.init.params import checked, fit, params_text
-from lotlip.init.source import NO_LONG_CAPTIONS, Columns, find_source
+from lotlip.init.source import NO_LONG_CAPTIONS, Columns, find_source, relative_to
 from lotlip.plan.plan import Gpu, Plan
 from lotlip.plan.plan import plan as make_plan
 from lotlip.report.look import look_of
@@ -79,7 +80,8 @@ def init(
         found = replace(found, tried={name: tried})
     recall, chance = _try(opened, found, show) if opened else (1.0, 0.0)
     settings = fit(found, opened, start, recall > chance)
-    text = params_text(source, start, found, settings, f"LoTLIP on {data.name}")
+    title = f"LoTLIP on {data.name}"
+    text = params_text(source, start, found, settings, title)
     for line in describe(found, settings.context_length):
         show(line)
     if opened:
@@ -103,9 +105,19 @@ def init(
         show(f"  {'captions next to the short ones':<34}{page}")
     if out.exists():
         show(f"the old {out} was copied to {_keep(out)}")
+    there = relative_to(out.parent)
     with atomic_write(out) as partial:
+        text = params_text(source.in_terms_of(there), there(start) if start else None, found, settings, title)
         partial.write_text(text, encoding="utf-8")
-    show(f"written to {out}; to train and score on held-out images: lotlip run")
+    show(f"written to {out}; to train and score on held-out images{_command(out)}")
+
+
+def _command(out: Path) -> str:
+    """What trains on a file of parameters: `lotlip run` reads params.yaml in the current folder."""
+    here = out.parent.resolve() == Path.cwd()
+    if out.name == "params.yaml":
+        return ": lotlip run" if here else f": cd {shlex.quote(str(out.parent))} && lotlip run"
+    return f", name it params.yaml and, in {'this folder' if here else out.parent}: lotlip run"
 
 
 def _open(start: str, show: Callable[[str], object]) -> StartingModel | None:

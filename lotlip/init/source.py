@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,38 @@ class DataSource:
     source: dict[str, Any]
     captioners: dict[str, dict[str, Any]] = field(default_factory=dict)
     found: list[str] = field(default_factory=list)
+
+    def in_terms_of(self, place: Callable[[str], str]) -> DataSource:
+        """The same source with other paths.
+
+        Args:
+            place: returns the new path for a path.
+        """
+
+        def moved(section: dict[str, Any]) -> dict[str, Any]:
+            paths = [name for name in ("path", "images") if name in section]
+            if section.get("model") == section["path"]:  # a captioner's folder
+                paths.append("model")
+            return section | {name: place(section[name]) for name in paths}
+
+        captioners = {name: moved(section) for name, section in self.captioners.items()}
+        return replace(self, source=moved(self.source), captioners=captioners)
+
+
+def relative_to(folder: Path) -> Callable[[str], str]:
+    """Returns a function that takes a relative path, or a model's name with one, and returns it as seen from a folder.
+
+    The modules of this package stay: they are in every folder in which the pipeline runs.
+    """
+
+    def place(name: str) -> str:
+        kind, colon, file = name.rpartition(":") if name.startswith("open_clip:") else ("", "", name)
+        stays = Path(file).is_absolute() or not Path(file).exists() or file.startswith("lotlip/caption/")
+        if stays or folder.resolve() == Path.cwd():
+            return name
+        return f"{kind}{colon}{os.path.relpath(Path(file).resolve(), folder.resolve())}"
+
+    return place
 
 
 @dataclass(frozen=True)
