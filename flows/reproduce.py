@@ -193,16 +193,17 @@ def runs_of_ablations(params: Params, names: Sequence[str]) -> list[list[str]]:
 
 
 def closing_message(params: Params, seconds: float) -> str:
-    """Returns the message after a successful run: where the results are."""
-    page = (params.paths.report / "index.html").resolve()
+    """Returns the message after a successful run: where the results are, as far as its stages have written them."""
+    page, models, scores = params.paths.report / "index.html", params.paths.models, params.paths.metrics
     servers = "make ui" if Path("Makefile").is_file() else "python -m flows.ui"
-    return (
-        f"\nDone in {seconds / 60:.1f} minutes.\n"
-        f"  report          {page}\n"
-        f"  models          {params.paths.models}/<ablation>/seed-<seed>\n"
-        f"  scores          {params.paths.metrics}/<ablation>.json\n"
-        f"  Prefect, MLflow `{servers}` shows every run"
-    )
+    lines = [
+        f"\nDone in {seconds / 60:.1f} minutes.",
+        f"  report          {page.resolve()}" if page.is_file() else "",
+        f"  models          {models}/<ablation>/seed-<seed>" if models.is_dir() else "",
+        f"  scores          {scores}/<ablation>.json" if scores.is_dir() else "",
+        f"  Prefect, MLflow `{servers}` shows every run",
+    ]
+    return "\n".join(filter(None, lines))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import lotlip
 from lotlip.core.files import atomic_write
+from lotlip.core.yaml import read_yaml
 
 _PACKAGE = Path(lotlip.__file__).parent
 _PACKED = _PACKAGE / "_pipeline"  # in the wheel; see hatch_build.py
@@ -23,6 +25,7 @@ _FILES = {
     ".dvc/config": _BESIDE / ".dvc" / "config",
 }
 _KNOWN_BY = {"lotlip": "cli.py", "flows": "reproduce.py"}
+_LAST = "python -m flows report"  # the last stage of dvc.yaml
 # Packages of the extra `pipeline` that start everything else.
 _NEEDED = ("dvc", "prefect")
 
@@ -35,7 +38,7 @@ def set_up(folder: Path, show: Callable[[str], object]) -> None:
         show: prints a line.
 
     Raises:
-        ValueError: params.yaml is missing, or a folder of the same name as one of the pipeline's is in the way.
+        ValueError: params.yaml is missing, or a file or folder of the same name as one of the pipeline's is in the way.
         ModuleNotFoundError: the extra `pipeline` is not installed.
     """
     if not (folder / "params.yaml").is_file():
@@ -50,6 +53,9 @@ def set_up(folder: Path, show: Callable[[str], object]) -> None:
             raise ValueError(
                 f"{(folder / name).resolve()} is not the pipeline's code, which must be there; run in another folder"
             )
+    graph = folder / "dvc.yaml"
+    if graph.exists() and not _is_ours(read_yaml(graph)):
+        raise ValueError(f"{graph.resolve()} is another pipeline's, which would run instead; run in another folder")
     missing = {name: source for name, source in _FILES.items() if not (folder / name).exists()}
     for name, source in missing.items():
         with atomic_write(folder / name) as partial:
@@ -65,6 +71,14 @@ def set_up(folder: Path, show: Callable[[str], object]) -> None:
             f"note: {' and '.join(old)} here and in the installed package differ, perhaps after an upgrade or an edit; "
             "to use the installed code, remove lotlip, flows and dvc.yaml here and run again"
         )
+
+
+def _is_ours(graph: Any) -> bool:
+    """Whether the content of a dvc.yaml has this pipeline's last stage, as those of earlier versions do."""
+    stages = graph.get("stages") if isinstance(graph, dict) else None
+    return isinstance(stages, dict) and any(
+        isinstance(stage, dict) and stage.get("cmd") == _LAST for stage in stages.values()
+    )
 
 
 def _code(folder: Path) -> dict[Path, bytes]:
