@@ -305,6 +305,17 @@ def test_find_source_recognises_folders_and_tars(tmp_path: Path) -> None:
         find_source(tmp_path / "tars", tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("times", "limit"), [(5, 0.9), (2, 0.75)])
+def test_several_rows_per_image_do_not_turn_the_gate_off(data: Path, times: int, limit: float) -> None:
+    """As Flickr30k has its captions."""
+    header, *lines = (data / "captions.csv").read_text().splitlines()
+    (data / "captions.csv").write_text("\n".join([header, *(line for line in lines for _ in range(times))]))
+    params, shown = run(data / "captions.csv", data / "params.yaml")
+    assert params.ingest.max_failure_share == limit
+    assert any("of several samples with one key, the first is used; put all captions" in line for line in shown)
+
+
 def test_unrelated_files_do_not_decide_the_kind(data: Path) -> None:
     """As data sets of the datasets library, archives and notes have them."""
     for name in ("README.txt", "images/LICENSE.txt", "raw.tar.zst"):

@@ -177,6 +177,10 @@ def describe(found: Inspection, context_length: int) -> list[str]:
     lines.append(_row("median size", f"{longer:.0f} × {shorter:.0f} pixels"))
     lines += [_row(f"cannot be used: {kind}", f"{number:,} of {seen:,}") for kind, number in found.failures.items()]
     lines += [f"    {example}" for example in found.examples]
+    if found.failures["duplicate"]:
+        lines.append(
+            "    of several samples with one key, the first is used; put all captions of an image into one sample"
+        )
     for name, repeated in (("images", found.repeated_images), ("short captions", found.repeated_captions)):
         if repeated:
             lines.append(_row(f"{name} that equal another", f"{repeated:,} of {found.images:,}"))

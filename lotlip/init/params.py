@@ -155,8 +155,8 @@ def _revision_note(captioner: Mapping[str, Any]) -> str:
 
 
 def _limit(share: float, least: float) -> str:
-    """A limit of a share that leaves room for half as many more than in the sample."""
-    return f"{min(max(least, math.ceil(share * 150) / 100), 1.0):g}"
+    """A limit of a share that leaves room for half as many more than in the sample, but never for all."""
+    return f"{min(max(least, math.ceil(share * 150) / 100), math.floor((1 + share) * 50) / 100, 0.99):g}"
 
 
 def _flow(value: Mapping[str, Any] | str) -> str:
