@@ -56,11 +56,18 @@ def test_a_byte_order_mark_and_blanks_are_skipped(tmp_path):
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        (b"", "neither a list of objects, .* nor two or more lines with an object in each; write it again"),
+        (
+            b"",
+            "neither a list of objects, .* nor two or more lines with an object in each; .* is no table; convert it$",
+        ),
         (b'{"a": 1}', r"t\.json cannot be read as json: it has neither a list of objects, "),
         (b'{"a": 1}\n[2]\n', "neither a list of objects, "),
         (b'{"a":\n1}\n{"a":\n2}\n', "neither a list of objects, "),
-        (b" [ ]\n", "its list is empty"),
+        (
+            b'{"a.jpg": "a dog", "b.jpg": "a cat"}',
+            "an object of names and captions, or of lists .* convert it$",
+        ),
+        (b" [ ]\n", "its list is empty; write it again"),
         (b"[1, 2]", "object 1: it is not a JSON object"),
         (b'["\xff"]', "object 1: it is not UTF-8"),
         (b'[{"a": }]', r"object 1 is broken, .* \(Expecting value at byte 7\)"),

@@ -93,13 +93,18 @@ def open_table(path: Path) -> TableFile:
         return _READERS[TABLES.get(path.suffix.lower(), "csv")](path)
 
 
+class _OtherLayout(ValueError):
+    """A file may be intact, but is no table."""
+
+
 @contextmanager
 def _readable(path: Path, *kinds: type[Exception]) -> Iterator[None]:
     """Turns exceptions of some kinds into errors that name the file and the remedy."""
     try:
         yield
     except kinds as error:
-        raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error}; write it again") from error
+        remedy = "convert it" if isinstance(error, _OtherLayout) else "write it again"
+        raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error}; {remedy}") from error
 
 
 def find_tables(path: Path, kind: str | None = None, skip: Path | None = None) -> list[Path]:
@@ -480,9 +485,9 @@ class JsonTable(JsonlTable):
         with path.open("rb") as file:
             head = _LIST.match(file.read(_PIECE))
         if head is None:
-            raise ValueError(
-                'it has neither a list of objects, as in [{"image": "a.jpg"}, …], nor two or more lines with an object '
-                "in each"
+            raise _OtherLayout(
+                'it has neither a list of objects, as in [{"image": "a.jpg", "caption": "a dog"}, …], nor two or more '
+                "lines with an object in each; an object of names and captions, or of lists (as COCO's), is no table"
             )
         if head[1]:
             raise ValueError("its list is empty")
