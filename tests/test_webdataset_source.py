@@ -94,6 +94,17 @@ def test_single_and_compressed_tars_are_read(tmp_path):
             assert [kind for _, kind in kinds(read_all(path))] == ["", ""]
 
 
+def test_a_failure_without_a_caption_names_what_the_sample_has(tmp_path):
+    members = {"a.jpg": image_bytes(), "a.0.txt": b"a dog", "a.json": b'{"text": "a dog", "width": 7}'}
+    path = write_tar(tmp_path / "0.tar", members)
+    (item,) = read_all(path)
+    has = "it has jpg, 0.txt, json, and in its json text, width; set ingest.source.caption or caption_field if"
+    assert isinstance(item, Failure) and item.kind == "missing" and has in item.reason
+    for settings in ({"caption": "0.txt"}, {"caption_field": "text"}):
+        (item,) = read_all(path, **settings)
+        assert isinstance(item, ImageRecord) and item.short_caption == "a dog"
+
+
 @pytest.mark.parametrize("name", ["1.tar.zst", "more/1.TAR.LZ4", "1.tgz.part", "1.tar.gz.zip"])
 def test_a_tar_of_an_unsupported_compression_is_an_error(tmp_path, name):
     write_tar(tmp_path / "0.tar", samples(2))

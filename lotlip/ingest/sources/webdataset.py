@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from lotlip.core.files import not_a_file, sha256_json
 from lotlip.core.listing import files_with_endings, is_hidden
+from lotlip.data.fields import listed
 from lotlip.data.keys import escapes_folder, is_key, key_of, prefix_of, printable
 from lotlip.data.paths import file_state
 from lotlip.data.records import Failure, ImageRecord, Unit
@@ -188,7 +189,10 @@ class WebDatasetSource:
             return Failure(key, where, reason, "missing")
         caption = self._caption(sample, info)
         if not isinstance(caption, str | bytes):
-            return Failure(key, where, "there is no caption for the image", "missing")
+            fields = f", and in its json {listed(list(info))}" if info else ""
+            reason = f"there is no caption for the image: it has {listed(sample.endings)}{fields}"
+            remedy = "set ingest.source.caption or caption_field if one of these has it"
+            return Failure(key, where, printable(f"{reason}; {remedy}"), "missing")
         return self._validator(key, where, sample.members[ending], caption, ending)
 
     def _caption(self, sample: _Sample, info: dict[str, Any]) -> Any:
