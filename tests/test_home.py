@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from lotlip.core.caches import cache_folder
+from lotlip.core.home import ensure_home
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import getpass, os, sys
@@ -51,3 +54,12 @@ def test_an_unusable_home_is_replaced(home, nameless, tmp_path):
     place, user = done.stdout.split()
     assert place.endswith("/home") and place != home
     assert (user == "user-12345") == nameless
+
+
+def test_an_unusable_cache_is_no_error_of_an_import(monkeypatch, tmp_path):
+    for name, value in {"HOME": "", "LOTLIP_CACHE": "relative", "XDG_CACHE_HOME": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    ensure_home()
+    assert Path.home() == tmp_path / "cache" / "lotlip" / "home"
+    with pytest.raises(OSError, match=r"LOTLIP_CACHE is relative, which cannot be used: .*; name a folder of yours"):
+        cache_folder()

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from flows.runtime.applications import LOGIN
 from flows.runtime.scratch import SCRATCH, StageFailed
 from flows.runtime.supervisor import end_group, start_group
+from lotlip.core.environment import number_of
 from lotlip.core.loopback import HOST, NAMES, basic, origins
 from lotlip.tracking.store import prepare_store
 
@@ -30,8 +31,12 @@ START_TIMEOUT_SECONDS = 600  # long, because a machine may be busy; a server tha
 
 
 def port_of(server: str) -> int:
-    """Returns the configured port of a server, "prefect" or "mlflow"."""
-    return int(os.environ.get(f"{server.upper()}_PORT", PORTS[server]))
+    """Returns the configured port of a server, "prefect" or "mlflow".
+
+    Raises:
+        ValueError: the environment variable is not a port.
+    """
+    return number_of(f"{server.upper()}_PORT", PORTS[server], 65535)
 
 
 def listen(port: int = 0) -> socket.socket:

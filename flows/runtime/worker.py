@@ -16,7 +16,8 @@ from flows.runtime.unit_work import answer
 def main() -> None:
     """Runs units until standard input ends."""
     torch = sys.modules.get("torch")
-    if torch and (threads := os.environ.get("OMP_NUM_THREADS")):  # a fork server's fork: torch has read another value
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list has a number for each nested level
+    if torch and threads.isdecimal() and int(threads):  # a fork server's fork: torch has read another value
         torch.set_num_threads(int(threads))
     inbox, outbox = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not get between the answers

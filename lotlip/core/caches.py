@@ -31,6 +31,11 @@ def cache_folder() -> Path:
             return private_folder(folder)
         except OSError as error:
             raise OSError(f"{CACHE} is {folder}, which cannot be used: {error}; name a folder of yours") from error
+    return default_cache_folder()
+
+
+def default_cache_folder() -> Path:
+    """The cache folder without LOTLIP_CACHE."""
     for place in (_user_cache, lambda: Path(tempfile.gettempdir(), f"lotlip-{os.getuid()}")):
         try:
             return private_folder(place())  # RuntimeError for a user with neither a home nor a name

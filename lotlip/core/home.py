@@ -13,10 +13,13 @@ def ensure_home() -> None:
     """
     home = os.environ.get("HOME")
     if not home or not os.access(home, os.W_OK | os.X_OK):
-        from lotlip.core.caches import cache_folder
+        from lotlip.core.caches import cache_folder, default_cache_folder
 
         os.environ.pop("HOME", None)
-        folder = cache_folder() / "home"
+        try:
+            folder = cache_folder() / "home"
+        except OSError:  # what uses the cache names the error; here it would be one of an import
+            folder = default_cache_folder() / "home"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.environ["HOME"] = str(folder)
     if not any(os.environ.get(variable) for variable in ("LOGNAME", "USER")):

@@ -10,7 +10,7 @@ import pytest
 
 from flows.runtime import servers
 from flows.runtime.scratch import StageFailed
-from flows.runtime.servers import free_port, is_free, listen, listen_for, port_at, port_of, prefect_server
+from flows.runtime.servers import PORTS, free_port, is_free, listen, listen_for, port_at, port_of, prefect_server
 
 
 def test_servers_that_start_together_use_different_ports(monkeypatch: pytest.MonkeyPatch):
@@ -83,3 +83,17 @@ def other_server():
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server.server_port
         server.shutdown()
+
+
+@pytest.mark.parametrize("server", ["prefect", "mlflow"])
+@pytest.mark.parametrize("given", ["abc", "0", "65536"])
+def test_a_port_that_is_none_is_an_error_that_names_the_variable(
+    server: str, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variable = f"{server.upper()}_PORT"
+    monkeypatch.setenv(variable, "")
+    assert port_of(server) == PORTS[server]
+    monkeypatch.setenv(variable, given)
+    message = f"^{variable} is '{given}' in the environment; set it to a number in 1 to 65535, or unset it$"
+    with pytest.raises(ValueError, match=message):
+        port_of(server)
