@@ -18,7 +18,7 @@ from flows.runtime.processes import launch, run_group
 from flows.runtime.stage import Stage, check_input, hash_cache_of, hash_of, main
 from lotlip.config.params import load_params
 from lotlip.core.code import code_hash
-from lotlip.core.files import Damaged, atomic_write, check_model, sha256_files, sha256_json
+from lotlip.core.files import Damaged, atomic_write, check_model, sha256_json, sha256_tree, weights_hash
 from lotlip.data.index import INDEX_FILE, ShardIndex, read_index
 from lotlip.data.remote_shards import check_same
 from lotlip.pretrain.config import PretrainConfig
@@ -146,20 +146,28 @@ def number_of_samples(available: int, subset: float | None) -> int:
 
 
 def starting_weights(config: PretrainConfig) -> dict[str, str]:
-    """Returns seed → hash of its initial weights; empty if they are random or from a hub.
+    """Returns seed → hash of the model that it starts from; empty if weights are random or from a hub.
+
+    Of an ablation's models, the weights are hashed. Of any other folder, all files are: their format is not known.
 
     Raises:
         Damaged: a file of the initial model has changed since its stage wrote it.
+        ValueError: the folder has no weights.
     """
-    if not config.text.pretrained:
+    folder = Path(config.text.pretrained or "")
+    if not config.text.pretrained or not folder.is_dir():
         return {}
-    folder = Path(config.text.pretrained)
     check_model(folder, hash_cache_of)
-    seed_folders = {seed: folder / f"seed-{seed}" for seed in config.seeds}  # exist if it is an ablation's folder
-    return {
-        str(seed): sha256_files(sorted((seed_folder if seed_folder.is_dir() else folder).rglob("*.safetensors")))
-        for seed, seed_folder in seed_folders.items()
-    }
+    models = {seed: folder / f"seed-{seed}" for seed in config.seeds}  # exist if it is an ablation's folder
+    hashes = {str(seed): weights_hash(model) for seed, model in models.items() if model.is_dir()}
+    if len(hashes) < len(models):
+        if not any(file.suffix in (".safetensors", ".bin") for file in folder.rglob("*")):
+            raise ValueError(
+                f"text.pretrained {folder} has no weights (*.safetensors or *.bin); name the folder of a model"
+            )
+        whole = sha256_tree(folder)
+        hashes = {str(seed): hashes.get(str(seed), whole) for seed in models}
+    return hashes
 
 
 def reuse_seeds(published: Path, fingerprints: dict[str, str], out: Path) -> list[str]:

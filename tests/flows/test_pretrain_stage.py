@@ -1,0 +1,55 @@
+"""What the stage `pretrain` records of a training: the model that it starts from, and the code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flows.stages.pretrain import starting_weights
+from lotlip.core.files import sha256_files
+from lotlip.pretrain.config import PretrainConfig
+
+
+def write(folder: Path, weights: str, content: str = "weights") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    (folder / weights).write_text(content)
+    return folder
+
+
+def hashes(folder: Path | str, seeds: tuple[int, ...] = (0, 1)) -> dict[str, str]:
+    return starting_weights(PretrainConfig(seeds=list(seeds), text={"pretrained": str(folder)}))
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_a_folder_with_other_files_is_another_model(tmp_path: Path, weights: str):
+    folder = write(tmp_path / "bert", weights)
+    first = hashes(folder)
+    assert first.keys() == {"0", "1"} and first["0"] == first["1"]
+    assert hashes(folder) == first
+    (folder / weights).write_text("other weights")
+    second = hashes(folder)
+    (folder / "config.json").write_text('{"model_type": "bert", "hidden_act": "relu"}')
+    assert len({first["0"], second["0"], hashes(folder)["0"]}) == 3
+
+
+def test_of_an_ablation_only_the_weights_of_the_same_seed_count(tmp_path: Path):
+    files = [write(tmp_path / "lit" / f"seed-{seed}", "model.safetensors", str(seed)) for seed in (0, 1)]
+    before = hashes(tmp_path / "lit")
+    assert before == {str(seed): sha256_files([file / "model.safetensors"]) for seed, file in enumerate(files)}
+    (files[0] / "README.md").write_text("a model card")
+    assert hashes(tmp_path / "lit") == before
+    (files[1] / "model.safetensors").write_text("other weights")
+    assert hashes(tmp_path / "lit")["0"] == before["0"] != hashes(tmp_path / "lit")["1"]
+
+
+def test_a_folder_without_weights_is_an_error(tmp_path: Path):
+    with pytest.raises(
+        ValueError, match=r"bert has no weights \(\*\.safetensors or \*\.bin\); name the folder of a model"
+    ):
+        hashes(write(tmp_path / "bert", "notes.txt"))
+
+
+def test_random_weights_and_those_of_a_hub_have_no_hash():
+    assert hashes("nobody/no-such-model") == starting_weights(PretrainConfig()) == {}
