@@ -55,7 +55,7 @@ class DataSource:
         """
 
         def moved(section: dict[str, Any]) -> dict[str, Any]:
-            paths = [name for name in ("path", "images") if name in section]
+            paths: list[str] = [name for name in ("path", "images") if name in section]
             if section.get("model") == section["path"]:  # a captioner's folder
                 paths.append("model")
             return section | {name: place(section[name]) for name in paths}
