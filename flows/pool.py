@@ -15,6 +15,7 @@ from prefect.runtime import flow_run
 
 from flows import reproduce as reproduction
 from flows.runtime.dvc import RUN_CACHE, run_dvc
+from flows.runtime.git import run_git
 from flows.runtime.scratch import StageFailed
 from flows.runtime.supervisor import exit_on_signals, group, supervised
 from flows.sweep.reasons import failure_reason
@@ -159,8 +160,7 @@ def _push_data(*targets: str) -> None:
 
 
 def _git(name: str, *arguments: str) -> str:
-    command = ["git", *IDENTITY, name, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_git(*IDENTITY, name, *arguments)
     if done.returncode:
         kept = "; the outputs are in DVC's remote" if name == "push" else ""
         raise StageFailed(f"`git {name}` failed: {done.stderr.strip()}{kept}")

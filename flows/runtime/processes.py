@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -31,7 +32,8 @@ def launch(module: str, arguments: Sequence[str], processes: int, settings: Laun
         settings: `compute.training.launch`.
 
     Raises:
-        StageFailed: the hostfile cannot be used or has another number of slots, or there is no Slurm allocation.
+        StageFailed: the hostfile cannot be used or has another number of slots, or there is no Slurm allocation or
+            no srun.
     """
     program = ["-m", "flows.runtime.run", module, *arguments]
     if isinstance(settings, HostfileLaunch):
@@ -42,6 +44,8 @@ def launch(module: str, arguments: Sequence[str], processes: int, settings: Laun
                 "compute.training.launch is slurm, but this program does not run in a Slurm allocation; submit "
                 "infra/slurm/reproduce.sbatch"
             )
+        if shutil.which("srun") is None:
+            raise StageFailed("compute.training.launch is slurm, but its program srun is not in PATH; install it")
         step = [
             "srun",
             f"--nodes={settings.nodes}",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ import numpy as np
 from prefect import flow
 
 from flows.runtime.agent import announced
+from flows.runtime.git import run_git
 from flows.runtime.processes import launch, run_group
 from flows.runtime.stage import Stage, check_input, hash_cache_of, hash_of, main
 from lotlip.config.params import load_params
@@ -231,11 +231,16 @@ def chance_loss(config: PretrainConfig) -> float:
 
 
 def git_commit() -> str:
-    """Returns the checked-out commit, with "-dirty" if code or params.yaml differ from it; "unknown" outside git."""
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    """Returns the checked-out commit, with "-dirty" if code or params.yaml differ from it.
+
+    It is "unknown" outside a repository and without the program git, as in slim containers.
+    """
+    if shutil.which("git") is None:
+        return "unknown"
+    head = run_git("rev-parse", "HEAD")
     if head.returncode:
         return "unknown"
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "lotlip", "flows", "params.yaml"], check=False)
+    changed = run_git("diff", "--quiet", "HEAD", "--", "lotlip", "flows", "params.yaml")
     return head.stdout.strip() + ("-dirty" if changed.returncode else "")
 
 

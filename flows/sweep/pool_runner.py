@@ -28,6 +28,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelling, State
 
 from flows.pool import WORKER_DIED, trial_on_pool
+from flows.runtime.git import run_git
 from flows.runtime.scratch import StageFailed
 from flows.sweep.runners import TrialRunner
 from flows.sweep.trials import Sweep, Trial
@@ -79,7 +80,7 @@ def check_remotes(root: Path) -> None:
     Raises:
         StageFailed: git has no `origin`, or DVC no default remote.
     """
-    if subprocess.run(["git", "remote", "get-url", "origin"], cwd=root, capture_output=True, check=False).returncode:
+    if run_git("remote", "get-url", "origin", cwd=root).returncode:
         raise StageFailed(
             "a sweep on a pool needs the repository that workers clone as git's remote: `git remote add origin URL`"
         )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from pathlib import Path
 from threading import Lock
 from typing import IO, Any, TypeVar
 
+from flows.runtime.git import run_git
 from flows.runtime.scratch import SCRATCH, StageFailed
 from lotlip.core.files import atomic_write, move, remove
 from lotlip.core.record import as_record
@@ -299,14 +299,7 @@ def set_params(path: Path, changes: Mapping[str, Any]) -> None:
 
 
 def _git(folder: Path, *arguments: str, **environment: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments],
-        cwd=folder,
-        env={**os.environ, **IDENTITY, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_git(*arguments, cwd=folder, env={**os.environ, **IDENTITY, **environment})
     if done.returncode:
         raise StageFailed(f"git {arguments[0]} failed in {folder}: {done.stderr.strip()}")
     return done.stdout

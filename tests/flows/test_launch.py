@@ -80,13 +80,17 @@ def test_an_unusable_hostfile_is_an_error_with_its_reason(tmp_path, text, messag
         read_hostfile(tmp_path / "none")
 
 
-def test_slurm_needs_an_allocation(monkeypatch):
+def test_slurm_needs_an_allocation_and_srun(tmp_path, monkeypatch):
     how = SlurmLaunch(kind="slurm", nodes=4)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(StageFailed, match=r"does not run in a Slurm allocation; submit infra/slurm/reproduce\.sbatch"):
         launch("m", ["x"], 32, how)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(StageFailed, match="its program srun is not in PATH; install it"):
+        launch("m", ["x"], 32, how)
+    (tmp_path / "srun").touch(mode=0o755)
     command = launch("m", ["x"], 32, how)
     assert command[0] == "srun" and {"--nodes=4", "--ntasks=4", "--ntasks-per-node=1"} <= set(command)
     assert {"--nnodes=4", "--nproc-per-node=8"} <= set(command)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.stages.pretrain import starting_weights
+from flows.runtime.git import run_git
+from flows.stages.pretrain import git_commit, starting_weights
+from flows.sweep.workspaces import Snapshot
 from lotlip.core.files import sha256_files
 from lotlip.pretrain.config import PretrainConfig
 
@@ -53,3 +55,20 @@ def test_a_folder_without_weights_is_an_error(tmp_path: Path):
 
 def test_random_weights_and_those_of_a_hub_have_no_hash():
     assert hashes("nobody/no-such-model") == starting_weights(PretrainConfig()) == {}
+
+
+def test_the_commit_is_that_of_the_checkout_and_unknown_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert git_commit() == "unknown"
+    (tmp_path / "params.yaml").touch()
+    identity = ("-c", "user.name=me", "-c", "user.email=me@localhost")
+    for arguments in (("init",), ("add", "params.yaml"), (*identity, "commit", "--message", "first")):
+        assert run_git(*arguments).returncode == 0
+    commit = run_git("rev-parse", "HEAD").stdout.strip()
+    assert git_commit() == commit
+    (tmp_path / "params.yaml").write_text("edited: true")
+    assert git_commit() == f"{commit}-dirty"
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert git_commit() == "unknown"
+    with pytest.raises(FileNotFoundError, match=r"sweeps and work pools need the program git, .*; install it"):
+        Snapshot.take(tmp_path)
