@@ -899,6 +899,55 @@ def test_an_invalid_finding_is_an_error_with_path_and_suggestion(tmp_path, findi
     assert error.startswith(line)
 
 
+@pytest.mark.parametrize(
+    ("findings", "line"),
+    [
+        ({"lit": "plain", "lit_long": "plain"}, "findings.lit and findings.lit_long both name plain, which would be"),
+        ({"captioners": ["one", "lotlip"]}, "findings.lotlip and findings.captioners both name lotlip, which would"),
+        (
+            {"lotlip_by_short_share": ["lotlip"], "lit_long_by_short_share": ["plain", "lotlip"]},
+            "findings.lotlip_by_short_share and findings.lit_long_by_short_share both name lotlip, which would be",
+        ),
+        (
+            {"corner_tokens": ["plain", "both"], "registers": ["plain", "both"]},
+            "findings.corner_tokens and findings.registers both name both, which would be compared with itself; remove",
+        ),
+        ({"captioners": ["one", "plain", "one"]}, "findings.captioners: contains duplicates: one"),
+        (
+            {"corner_tokens": ["plain", "lotlip", "open"]},
+            "findings.corner_tokens: lotlip and open both have text.corner_tokens 2; keep the one that differs from",
+        ),
+        (
+            {"context_lengths": ["lotlip", "open"]},
+            "findings.context_lengths: lotlip and open both have text.context_length 128; keep the one that differs",
+        ),
+    ],
+)
+def test_an_ablation_that_a_finding_would_count_twice_is_an_error_that_names_both(tmp_path, findings, line):
+    ablations = {
+        "plain": {"text": {"corner_tokens": 0}},
+        "open": {"text": {"corner_mask": False}},
+        "both": {"text": {"register_tokens": 2}},
+        "one": {},
+    }
+    (error,) = errors_of(tmp_path, {"ablations": ablations, "findings": {"lotlip": "lotlip"} | findings})
+    assert error.startswith(line)
+
+
+def test_an_ablation_may_have_several_roles_that_are_not_compared(tmp_path):
+    plain = {"text": {"corner_tokens": 0}}
+    findings = {
+        "lotlip": "lotlip",
+        "long_clip": "tuned",
+        "long_clip_equal_steps": "tuned",
+        "corner_tokens": ["plain", "lotlip"],
+        "registers": ["plain", "four"],
+        "lotlip_by_short_share": ["lotlip"],
+    }
+    ablations = {"plain": plain, "tuned": {}, "four": {"text": {"corner_tokens": 0, "register_tokens": 4}}}
+    assert load(tmp_path, {"ablations": ablations, "findings": findings}).findings.long_clip == "tuned"
+
+
 @pytest.mark.slow
 def test_every_shipped_ablation_is_in_a_declared_table():
     for file in SHIPPED:

@@ -37,6 +37,25 @@ FindingName = Literal[
     "captioners-beat-mean",
     "captioners-beat-best",
 ]
+# Pairs of roles whose ablations are subtracted from one another.
+COMPARED = (
+    ("lit", "lit_long"),
+    ("lotlip", "lit_long"),
+    ("lotlip", "long_clip"),
+    ("lotlip", "long_clip_equal_steps"),
+    ("lotlip", "no_mask"),
+    ("lotlip", "captioners"),
+    ("lotlip_by_short_share", "lit_long_by_short_share"),
+    ("corner_tokens", "registers"),
+)
+# Role → the setting that its ablations differ in. Findings map each value to one ablation.
+SERIES = {
+    "corner_tokens": "text.corner_tokens",
+    "registers": "text.register_tokens",
+    "lit_by_sub_captions": "long_texts.sub_captions",
+    "lotlip_by_sub_captions": "long_texts.sub_captions",
+    "context_lengths": "text.context_length",
+}
 RESERVED = ("all", "others", "attention", "hard-negatives", "sentences")  # names of the built-in tables and figures
 
 
@@ -203,6 +222,7 @@ def declaration_problems(
         for place, name in testing
         if benchmarks.get(name) == VALIDATION
     ]
+    problems += _role_problems(findings, settings)
     for slug, table in tables.items():
         place, figure = f"tables.{slug}", table.figure
         if slug in RESERVED:
@@ -234,3 +254,36 @@ def declaration_problems(
         for place, name in names
         if name not in settings
     ]
+
+
+def _role_problems(findings: FindingsConfig, settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Lists the ablations that would count twice in a finding, or be replaced by another one of their role.
+
+    Args:
+        findings: role → ablations.
+        settings: ablation → its training settings, flat.
+    """
+    roles = dict(findings.roles())
+    problems = [
+        f"findings.{role}: contains duplicates: {', '.join(repeated)}"
+        for role, given in roles.items()
+        if (repeated := [name for name in dict.fromkeys(given) if given.count(name) > 1])
+    ]
+    problems += [
+        f"findings.{one} and findings.{other} both name {name}, which would be compared with itself; remove it from "
+        "one of them"
+        for one, other in COMPARED
+        for name in dict.fromkeys(roles[one])
+        # the series of corner tokens and of registers may both start from an ablation with neither
+        if name in roles[other] and settings.get(name, {}).get(SERIES.get(other, "")) != 0
+    ]
+    for role, key in SERIES.items():
+        first: dict[Any, str] = {}  # value → the first ablation that has it
+        for name in dict.fromkeys(name for name in roles[role] if name in settings):
+            value = settings[name].get(key)
+            if first.setdefault(value, name) != name:
+                problems.append(
+                    f"findings.{role}: {first[value]} and {name} both have {key} {value}; keep the one that differs "
+                    f"from the others only in {key}"
+                )
+    return problems
