@@ -15,8 +15,9 @@ from PIL import Image
 
 from lotlip.config.params import Params
 from lotlip.core.differences import differences, format_differences
-from lotlip.data.index import ShardIndex, SplitEntry, UnitIndex, write_index
+from lotlip.data.index import CaptionIndex, ShardIndex, SplitEntry, UnitIndex, write_index
 from lotlip.data.records import Failure, UnitReport
+from lotlip.evaluate.records import made_with
 from lotlip.evaluate.reference import REFERENCE
 from lotlip.evaluate.score_names import MAIN_METRICS, SENTENCE_METRICS
 from lotlip.figures.charts import SMALL, Line, Point, draw_lines, in_millions, render
@@ -1060,24 +1061,98 @@ def test_metric_family_may_be_absent(tmp_path):
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_metrics_of_another_configuration_are_named(tmp_path):
+def test_metrics_of_another_configuration_are_named_and_left_out(tmp_path):
     params = make_params()
     write_project(tmp_path, params)
     path = tmp_path / params.paths.metrics / "gamma.json"
     data = json.loads(path.read_text())
     data["config"]["text"]["corner_tokens"] = 3
-    del data["benchmarks"]["scenes"]["seeds"]["1"]
     write_json(path, data)
     broken = tmp_path / params.paths.metrics / "beta.json"
     write_json(broken, {**json.loads(broken.read_text()), "config": {"no such": "key"}})
+    fewer = tmp_path / params.paths.metrics / "delta.json"
+    data = json.loads(fewer.read_text())
+    data["config"]["seeds"] = [0]
+    del data["benchmarks"]["scenes"]["seeds"]["1"]
+    write_json(fewer, data)
     inputs = load_inputs(params, tmp_path)
-    assert [line.split(":")[0] for line in inputs.missing] == [
-        "metrics of beta",
-        "metrics of gamma",
-        "metrics of gamma on scenes",
+    assert inputs.missing == [
+        "metrics of beta: beta was trained by another version of lotlip; rerun its evaluate stage",
+        "metrics of gamma: params.yaml has changed since gamma was trained; rerun its evaluate stage",
+        "metrics of delta on scenes: none for seed 1",
     ]
-    assert rows_of(inputs, "corner-tokens") == ["beta", "gamma", "epsilon", "delta"]
-    assert table(inputs, "corner-tokens").rows[1][1].text == "3"
+    assert rows_of(inputs, "corner-tokens") == ["epsilon", "delta"]
+    assert build_report(inputs, tmp_path / "report").is_file()
+
+
+def write_units(folder, kind, sha256="test"):
+    units = [UnitReport(f"{split}/part-00000", 3, 3, sha, 1) for split, sha in (("train", "x"), ("test", sha256))]
+    write_index(folder, units, kind)
+
+
+@pytest.fixture
+def scored_data(tmp_path):
+    """A project whose scores, but for those of gamma, say what they were made with."""
+    params = make_params(
+        evaluate={
+            "benchmarks": {
+                "scenes": {"kind": "scenes", "size": 100},
+                "coco": {"kind": "coco", "folder": "coco"},
+            }
+        }
+    )
+    write_project(tmp_path, params)
+    write_units(tmp_path / params.paths.ingest, UnitIndex)
+    write_units(tmp_path / params.paths.captions / "llava", CaptionIndex)
+    hashes = made_with(params.evaluate, params.paths, params.caption.describing, tmp_path)
+    for name in set(params.names) - {"gamma"}:
+        path = tmp_path / params.paths.metrics / f"{name}.json"
+        data = json.loads(path.read_text())
+        for benchmark, result in data["benchmarks"].items():
+            result["made_with"] = hashes[benchmark]
+        write_json(path, data)
+    return tmp_path, params
+
+
+def outdated_scores(root, params):
+    """Benchmark → ablations that the report has, and its messages about the others."""
+    inputs = load_inputs(params, root)
+    shown = {name: [a.name for a in inputs.scored if name in a.benchmarks] for name in params.evaluate.names}
+    return shown, inputs.missing
+
+
+@pytest.mark.parametrize(
+    ("change", "outdated"),
+    [
+        (lambda evaluate: evaluate.update(precision="bf16"), {"scenes", "coco"}),
+        (lambda evaluate: evaluate["benchmarks"]["scenes"].update(size=99), {"scenes"}),
+        (lambda evaluate: evaluate["benchmarks"]["scenes"].update(max_unseen_tokens=0.5), set()),
+        (lambda evaluate: evaluate.update(min_score_over_chance=3.0, baselines=["some/clip"]), set()),
+    ],
+)
+def test_scores_of_other_settings_of_evaluate_are_left_out_by_benchmark(scored_data, change, outdated):
+    root, params = scored_data
+    data = params.model_dump(mode="json", exclude_unset=True)
+    change(data["evaluate"])
+    shown, missing = outdated_scores(root, Params.model_validate(data))
+    every = list(params.names)
+    assert shown == {name: ["gamma"] if name in outdated else every for name in ("scenes", "coco")}
+    lines = [line for line in missing if line.endswith("has changed since; rerun its evaluate stage")]
+    assert len(lines) == (len(every) - 1 if outdated else 0)
+    if outdated:
+        where = ", ".join(name for name in ("scenes", "coco") if name in outdated)
+        assert lines[0].startswith(f"metrics of alpha on {where}: the benchmark, its data or evaluate.precision")
+
+
+@pytest.mark.parametrize(("folder", "kind"), [("ingest", UnitIndex), ("captions", CaptionIndex)])
+def test_scores_on_other_data_are_left_out_unless_the_benchmark_has_its_own(scored_data, folder, kind):
+    root, params = scored_data
+    place = root / params.paths.ingest if folder == "ingest" else root / params.paths.captions / "llava"
+    write_units(place, kind, "other")
+    shown, _ = outdated_scores(root, params)
+    assert shown == {"scenes": ["gamma"], "coco": list(params.names)}
+    (place / "index.json").unlink()  # not on this machine, so nothing can be compared
+    assert outdated_scores(root, params)[0]["scenes"] == list(params.names)
 
 
 @pytest.mark.usefixtures("without_figures")

@@ -142,6 +142,25 @@ def test_scores_that_do_not_belong_to_the_configuration_are_not_stored(run):
     assert {row.ablation for row in read_rows(root / TABLE)} == {"short-half"}
 
 
+def test_the_report_leaves_out_scores_of_models_of_other_data_or_settings(run):
+    root, params = run
+    half = root / params.paths.models / "stretched-half" / "run.json"
+    half.write_text(half.read_text().replace('"fingerprints": {}', '"fingerprints": {"0": "x"}'))
+    base = root / params.paths.models / "base" / "run.json"
+    base.write_text(base.read_text().replace('"data_hash": "', '"data_hash": "0'))
+    inputs = load_inputs(changed(params, "ablations", "short", "steps", value=41), root)
+    assert [ablation.name for ablation in inputs.scored] == ["longs", "short-half"]
+    assert [line for line in inputs.missing if line.endswith("rerun its evaluate stage")] == [
+        "metrics of short: params.yaml has changed since short was trained; rerun its evaluate stage",
+        "metrics of base: its models were not trained on the data in data/shards; rerun its evaluate stage",
+        "metrics of stretched: params.yaml has changed since short was trained; rerun its evaluate stage",
+        "metrics of stretched-half: its scores are of other models than those in models/stretched-half; rerun its "
+        "evaluate stage",
+    ]
+    tested = {one.finding.slug: one.verdict for one in evaluate_findings(inputs)}
+    assert tested["long-texts-teach-long"] == NOT_RUN  # of short and longs
+
+
 def test_nothing_to_store_is_an_error_that_says_so(run):
     root, params = run
     with pytest.raises(StageFailed, match="name a file, such as"):

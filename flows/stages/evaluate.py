@@ -13,7 +13,7 @@ from flows.runtime.stage import Stage, check_input, hash_of, main
 from lotlip.config.params import load_params
 from lotlip.core.files import sha256_files, write_json
 from lotlip.data.index import INDEX_FILE
-from lotlip.evaluate.records import BASELINES, START_SCORES, AblationScores, BenchmarkScores, StartScores
+from lotlip.evaluate.records import BASELINES, START_SCORES, AblationScores, BenchmarkScores, StartScores, made_with
 from lotlip.pretrain.records import RUN, Run
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def evaluate(ablation: str) -> None:
         fingerprint=stage.fingerprint,
         features=SCRATCH / "features",
     )
-    names = list(config.benchmarks)
+    names, hashes = list(config.benchmarks), made_with(config, paths, params.caption.describing)
     for report in stage.fan_out(names, work, name=str, size=lambda _: 1, on_gpu=True):
         for failure in report.failures:
             raise StageFailed(f"benchmark {report.name} could not be scored: {failure.reason}")
@@ -80,7 +80,9 @@ def evaluate(ablation: str) -> None:
         fingerprints=run.fingerprints,
         parameters=measured.parameters,
         text_tower_flops=measured.text_tower_flops,
-        benchmarks=measured.results,
+        benchmarks={
+            name: result.model_copy(update={"made_with": hashes[name]}) for name, result in measured.results.items()
+        },
     )
     with stage.clock.measure("gate"):
         from lotlip.evaluate.gate import gate_evaluate

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from lotlip.core.checks import Check
 from lotlip.core.record import RecordT, read_record
@@ -19,17 +19,19 @@ from lotlip.evaluate.records import (
     BASELINE_SCORES,
     BASELINES,
     NOT_DRAWN,
+    OUTDATED,
     AblationScores,
     Baseline,
     Baselines,
     BenchmarkScores,
     NotDrawn,
+    made_with,
 )
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.records import HISTORY, History, read_history
 from lotlip.report.config import CostFigureConfig
 from lotlip.report.look import Look, jpeg, look_of
-from lotlip.report.stored import StoredResults, load_stored
+from lotlip.report.stored import StoredResults, load_stored, outdated
 
 if TYPE_CHECKING:
     from lotlip.config.params import Params
@@ -65,10 +67,10 @@ class Ablation:
 
     Attributes:
         name: name in params.yaml.
-        config: settings it was trained with; those of params.yaml while there are no metrics.
+        config: its settings in params.yaml.
         parameters: part of the model → number of parameters.
         text_tower_flops: tokens per text → FLOPs of the text tower per text; empty if unknown.
-        benchmarks: benchmark → results; empty while there are none.
+        benchmarks: benchmark → results; without those of other settings or data than the current ones.
         history: seed → logged steps, each with "step", "loss", …
     """
 
@@ -242,8 +244,9 @@ def load_inputs(params: Params, root: Path) -> ReportInputs:
     """
     missing: list[str] = []
     not_run = [name for name in params.names if not _was_run(params, root, name)]
+    current = made_with(params.evaluate, params.paths, params.caption.describing, root)
     ablations = [
-        Ablation(name, params.ablation(name)) if name in not_run else _ablation(params, root, name, missing)
+        Ablation(name, params.ablation(name)) if name in not_run else _ablation(params, root, name, current, missing)
         for name in params.names
     ]
     stages = _stages(params, root, not_run, missing)
@@ -298,15 +301,21 @@ def _optional(root: Path, path: Path, what: str, missing: list[str], kind: type[
     return None
 
 
-def _ablation(params: Params, root: Path, name: str, missing: list[str]) -> Ablation:
+def _ablation(params: Params, root: Path, name: str, current: Mapping[str, str], missing: list[str]) -> Ablation:
+    """Reads an ablation's outputs; `current` is the result of `made_with`."""
     wanted = params.ablation(name)
     history = _history(root / params.paths.models / name, wanted.seeds, name, missing)
     found = _optional(root, params.paths.metrics / f"{name}.json", f"metrics of {name}", missing, AblationScores)
     if found is None:
         return Ablation(name, wanted, history=history)
-    config = _trained_with(found.config, wanted, name, missing)
+    if problem := outdated(params, root, name, found):
+        missing.append(f"metrics of {name}: {problem}; rerun its evaluate stage")
+        return Ablation(name, wanted, history=history)
     drawn = root / params.paths.metrics / "attention" / name
     not_drawn = read_record(drawn / NOT_DRAWN, NotDrawn) if (drawn / NOT_DRAWN).is_file() else {}
+    left_out = [name for name, result in found.benchmarks.items() if result.is_outdated(current.get(name))]
+    if left_out:
+        missing.append(f"metrics of {name} on {', '.join(left_out)}: {OUTDATED}; rerun its evaluate stage")
     benchmarks = {
         benchmark: BenchmarkResult(
             **dict(result),
@@ -315,13 +324,16 @@ def _ablation(params: Params, root: Path, name: str, missing: list[str]) -> Abla
             not_drawn=not_drawn.get(benchmark, {}),
         )
         for benchmark, result in in_order(found.benchmarks, params.evaluate.names).items()
+        if benchmark not in left_out
     }
     for benchmark, result in benchmarks.items():
         absent = sorted(set(wanted.seeds) - set(result.seeds))
         if absent:
             missing.append(f"metrics of {name} on {benchmark}: none for seed {', '.join(map(str, absent))}")
-    missing += [f"metrics of {name}: none on {other}" for other in params.evaluate.names if other not in benchmarks]
-    return Ablation(name, config, found.parameters, found.text_tower_flops, benchmarks, history)
+    missing += [
+        f"metrics of {name}: none on {other}" for other in params.evaluate.names if other not in found.benchmarks
+    ]
+    return Ablation(name, wanted, found.parameters, found.text_tower_flops, benchmarks, history)
 
 
 def _baselines(params: Params, root: Path, missing: list[str]) -> list[Baseline]:
@@ -359,18 +371,6 @@ def attention_pictures(folder: Path, benchmark: str) -> dict[str, bytes]:
 def _example_images(folder: Path) -> dict[int, bytes]:
     """Reads the images of example retrievals, index → JPEG."""
     return {int(file.stem): file.read_bytes() for file in sorted(folder.glob("*.jpg"))}
-
-
-def _trained_with(stored: dict[str, Any], wanted: PretrainConfig, name: str, missing: list[str]) -> PretrainConfig:
-    """Returns the configuration stored with the metrics; params.yaml may have changed since."""
-    try:
-        config = PretrainConfig.model_validate(stored)
-    except ValidationError:
-        missing.append(f"metrics of {name}: from another version of lotlip; rerun its evaluate stage")
-        return wanted
-    if config != wanted:
-        missing.append(f"metrics of {name}: params.yaml has changed since; rerun its evaluate stage")
-    return config
 
 
 def _history(folder: Path, seeds: list[int], name: str, missing: list[str]) -> dict[int, History]:

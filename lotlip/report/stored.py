@@ -12,16 +12,18 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from lotlip.core.files import atomic_write, sha256_files, sha256_json
-from lotlip.core.paths import Paths
 from lotlip.data.index import INDEX_FILE
 from lotlip.evaluate.records import AblationScores
 from lotlip.evaluate.score_names import MAIN_METRICS
+from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.records import RUN, Run
 
 if TYPE_CHECKING:
@@ -258,7 +260,7 @@ def rows_of_run(params: Params, root: Path) -> tuple[list[StoredRow], list[str]]
         if not file.is_file():
             continue
         scores = AblationScores.load(file)
-        if problem := _outdated(params, root, name, scores):
+        if problem := _absent(params, root, name) or outdated(params, root, name, scores):
             left_out.append(f"{name}: {problem}")
             continue
         commit, settings = Run.load(root / paths.models / name / RUN).git_commit, settings_hash(params, name)
@@ -273,30 +275,43 @@ def rows_of_run(params: Params, root: Path) -> tuple[list[StoredRow], list[str]]
     return rows, left_out
 
 
-def _outdated(params: Params, root: Path, name: str, scores: AblationScores) -> str:
-    """Says why an ablation's scores are not those of the current configuration; empty if they are."""
-    paths: Paths = params.paths
-    file = root / paths.models / name / RUN
-    if not file.is_file():
-        return f"{file.relative_to(root)} does not exist"
-    run = Run.load(file)
-    if run.fingerprints != scores.fingerprints:
-        return f"its scores are of other models than those in {paths.models / name}"
-    index = root / paths.shards / INDEX_FILE
-    if not index.is_file() or run.data_hash != sha256_files([index]):
-        return f"its models were not trained on the data in {paths.shards}"
-    trained = [(name, run)]
-    if name in params.finetune:
-        start = params.finetune[name].init_from
-        started = root / paths.models / start / RUN
-        if not started.is_file():
-            return f"{started.relative_to(root)} does not exist"
-        trained.append((start, Run.load(started)))
-    for ablation, its_run in trained:
-        wanted = params.ablation(ablation).recipe()
-        if {key: value for key, value in its_run.config.items() if key != "seeds"} != wanted:
-            return f"params.yaml has changed since {ablation} was trained"
-    return ""
+def _absent(params: Params, root: Path, name: str) -> str:
+    """Names the first file that tells what an ablation's scores are of and that does not exist; empty if all do."""
+    runs = [params.paths.models / ablation / RUN for ablation in _trained(params, name)]
+    files = (file for file in [*runs, params.paths.shards / INDEX_FILE] if not (root / file).is_file())
+    return next((f"{file} does not exist" for file in files), "")
+
+
+def outdated(params: Params, root: Path, name: str, scores: AblationScores) -> str:
+    """Says why an ablation's scores are not those of the current configuration; empty if they are.
+
+    Models and data are not compared if they are not on this machine.
+    """
+    models, index = params.paths.models, root / params.paths.shards / INDEX_FILE
+    runs = {ablation: root / models / ablation / RUN for ablation in _trained(params, name)}
+    known = {ablation: Run.load(file) for ablation, file in runs.items() if file.is_file()}
+    run = known.get(name)
+    if run and run.fingerprints != scores.fingerprints:
+        return f"its scores are of other models than those in {models / name}"
+    if run and index.is_file() and run.data_hash != sha256_files([index]):
+        return f"its models were not trained on the data in {params.paths.shards}"
+    configs = {ablation: run.config for ablation, run in known.items()} | {name: scores.config}
+    return next(filter(None, (_changed(params, *item) for item in configs.items())), "")
+
+
+def _changed(params: Params, ablation: str, config: Mapping[str, Any]) -> str:
+    """Says why an ablation was not trained with the settings of params.yaml; empty if it was. Seeds may differ."""
+    try:
+        trained_with = PretrainConfig.model_validate(config).recipe()
+    except ValidationError:
+        return f"{ablation} was trained by another version of lotlip"
+    same = trained_with == params.ablation(ablation).recipe()
+    return "" if same else f"params.yaml has changed since {ablation} was trained"
+
+
+def _trained(params: Params, name: str) -> list[str]:
+    """An ablation, and the one that it starts from."""
+    return [name, *([params.finetune[name].init_from] if name in params.finetune else [])]
 
 
 def load_stored(params: Params, root: Path, missing: list[str]) -> StoredResults | None:

@@ -17,7 +17,7 @@ from flows.reproduce import dvc_runs
 from flows.runtime.servers import START_TIMEOUT_SECONDS, free_port, is_free
 from lotlip.config.params import Reproduce, load_params
 from lotlip.core.files import sha256_files, write_record
-from lotlip.evaluate.records import StartScores
+from lotlip.evaluate.records import StartScores, made_with
 from tests.tiny_baselines import save_clip
 from tests.workspace import ROOT, Workspace, tiny
 
@@ -74,6 +74,9 @@ def test_scores_are_stored_with_their_protocol(reproduced: Workspace) -> None:
     assert len(scenes["weights_sha256"]["0"]) == 64
     objects = load_params(ROOT / "params.yaml").ingest.source.most_objects
     assert len(scenes["reading"]["0"]["hard_negatives"]["by_position"]) == objects
+    params = load_params(reproduced.folder / "params.yaml")
+    current = made_with(params.evaluate, params.paths, params.caption.describing, reproduced.folder)
+    assert scenes["made_with"] == current["scenes"]
     assert scores["config"]["text"]["corner_tokens"] == 2
     assert json.loads((reproduced.folder / "metrics" / "lit.json").read_text())["config"]["text"]["corner_tokens"] == 0
 
