@@ -14,6 +14,8 @@ from flows.runtime.scratch import StageFailed
 from flows.store_results import store
 from lotlip.config.params import Params
 from lotlip.core.files import ForeignFileError, sha256_files, sha256_json, write_record
+from lotlip.data.index import CaptionIndex, UnitIndex, write_index
+from lotlip.evaluate.records import made_with
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.report.findings import FINDINGS, INCONCLUSIVE, NOT_RUN, SUPPORTS, evaluate_findings
 from lotlip.report.inputs import load_inputs
@@ -142,6 +144,31 @@ def test_scores_that_do_not_belong_to_the_configuration_are_not_stored(run):
     assert {row.ablation for row in read_rows(root / TABLE)} == {"short-half"}
 
 
+def test_scores_made_with_other_settings_are_not_stored_as_those_of_the_current_ones(run):
+    root, params = run
+    write_index(root / params.paths.ingest, [], UnitIndex)
+    for captioner in params.caption.captioners:
+        write_index(root / params.paths.captions / captioner, [], CaptionIndex)
+    hashes = made_with(params.evaluate, params.paths, params.caption.describing, root)
+    for name in ("longs", "base"):
+        path = root / params.paths.metrics / f"{name}.json"
+        data = json.loads(path.read_text())
+        data["benchmarks"]["scenes"]["made_with"] = hashes["scenes"]
+        path.write_text(json.dumps(data))
+    assert list(store(params)) == [f"{TABLE}: 18 rows added, 0 replaced"]
+    for other in (
+        changed(params, "evaluate", "benchmarks", "scenes", "size", value=99),
+        changed(params, "evaluate", "precision", value="bf16"),
+    ):
+        rows, left_out = rows_of_run(other, root)
+        assert {row.ablation for row in rows} == {"short", "short-half", "stretched", "stretched-half"}
+        assert left_out == [
+            f"{name} on scenes: the benchmark, its data or evaluate.precision has changed since; rerun its evaluate "
+            "stage"
+            for name in ("longs", "base")
+        ]
+
+
 def test_the_report_leaves_out_scores_of_models_of_other_data_or_settings(run):
     root, params = run
     half = root / params.paths.models / "stretched-half" / "run.json"
@@ -240,6 +267,7 @@ def test_the_data_decide_their_hash_and_not_their_files(run):
         (("shard", "samples_per_shard"), 50),
         (("image_tower", "scenes"), 10),
         (("evaluate", "benchmarks", "scenes", "size"), 99),
+        (("evaluate", "precision"), "bf16"),
     ):
         assert data_hashes(changed(params, *path, value=value), root)["scenes"] != before
     images = root / params.paths.ingest / "test" / "part-00000.parquet"

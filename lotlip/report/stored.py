@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from lotlip.core.files import atomic_write, sha256_files, sha256_json
 from lotlip.data.index import INDEX_FILE
-from lotlip.evaluate.records import AblationScores
+from lotlip.evaluate.records import OUTDATED, AblationScores, made_with
 from lotlip.evaluate.score_names import MAIN_METRICS
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.records import RUN, Run
@@ -193,9 +193,9 @@ def _settings(params: Params, name: str) -> dict[str, Any]:
 def data_hashes(params: Params, root: Path) -> dict[str, str]:
     """Returns benchmark → hash of what training and the benchmark are made of; empty if there are no images.
 
-    It covers images and texts, the split of each image, the image tower's settings, the order in shards and the
-    benchmark's settings. Generated images are hashed as scenes, because files and features of the same scene differ
-    between kinds of CPU.
+    It covers images and texts, the split of each image, the image tower's settings, the order in shards, the
+    benchmark's settings and the precision. Generated images are hashed as scenes, because files and features of the
+    same scene differ between kinds of CPU.
     """
     import lotlip.data.partitions as partitions
 
@@ -212,6 +212,8 @@ def data_hashes(params: Params, root: Path) -> dict[str, str]:
         "sentence_ends": params.caption.sentence_ends,
         "image_tower": params.image_tower.model_dump(mode="json", exclude_defaults=True, exclude={"min_accuracy"}),
         "shard": params.shard.model_dump(mode="json", include={"samples_per_shard", "max_bytes", "seed"}),
+        # the default adds nothing, so that hashes in tables of earlier versions stay valid
+        **params.evaluate.model_dump(include={"precision"}, exclude_defaults=True),
     }
     return {
         name: sha256_json({**data, "benchmark": settings.model_dump(mode="json", exclude_defaults=True)})[:_DIGITS]
@@ -253,6 +255,7 @@ def rows_of_run(params: Params, root: Path) -> tuple[list[StoredRow], list[str]]
     Ablations without scores are left out silently.
     """
     paths, data, machine = params.paths, data_hashes(params, root), cpu_model()
+    current = made_with(params.evaluate, paths, params.caption.describing, root)
     rows: list[StoredRow] = []
     left_out = []
     for name in params.names:
@@ -267,6 +270,9 @@ def rows_of_run(params: Params, root: Path) -> tuple[list[StoredRow], list[str]]
         for benchmark, result in scores.benchmarks.items():
             if benchmark not in data:
                 left_out.append(f"{name} on {benchmark}: params.yaml has no such benchmark, or there is no data")
+                continue
+            if result.is_outdated(current.get(benchmark)):
+                left_out.append(f"{name} on {benchmark}: {OUTDATED}; rerun its evaluate stage")
                 continue
             for seed, values in result.seeds.items():
                 main = {metric: values[metric] for metric in map(str, MAIN_METRICS) if metric in values}
