@@ -847,6 +847,11 @@ def test_rows_and_columns_may_have_labels_and_keep_their_order(tmp_path):
             "tables.a.figure.x: text.corner_mask is True in ablation lotlip, not a number",
         ),
         (
+            {"figure": {"kind": "scores", "x": "text.register_tokens", "x_scale": "log"}},
+            "tables.a.figure.x_scale: log shows only values above 0, but text.register_tokens is 0 in ablation lotlip; "
+            "leave the ablation out, or use linear",
+        ),
+        (
             {"figure": {"kind": "scores", "x": "steps", "lines": {"ours": ["lotlib"]}}},
             "tables.a.figure.lines.ours: no ablation 'lotlib'; did you mean 'lotlip'?",
         ),
@@ -861,6 +866,12 @@ def test_rows_and_columns_may_have_labels_and_keep_their_order(tmp_path):
 def test_an_invalid_table_is_an_error_with_path_and_suggestion(tmp_path, table, line):
     (error,) = errors_of(tmp_path, {"tables": {"a": TABLE | table}})
     assert error.startswith(line)
+
+
+def test_a_logarithmic_axis_may_show_a_sum_above_0_and_settings_whose_null_is_a_number(tmp_path):
+    for x in (["text.register_tokens", "text.corner_tokens"], "samples", "loss.short_loss_fraction"):
+        figure = {"kind": "scores", "x": x, "x_scale": "log"}
+        assert load(tmp_path, {"tables": {"a": TABLE | {"figure": figure}}}).tables["a"].figure.x_scale == "log"
 
 
 def test_a_table_with_a_reserved_name_is_an_error(tmp_path):

@@ -515,6 +515,24 @@ def test_data_scale_is_in_images(tmp_path, monkeypatch, x_scale):
     assert ratios == pytest.approx([1, 1, 1] if x_scale == "log" else [1, 2, 4], rel=0.01)
 
 
+def test_a_figure_leaves_out_an_ablation_that_was_trained_without_a_number_on_its_axis(tmp_path):
+    values = {"none": 0.0, "some": 0.1, "more": 0.3}
+    ablations = {name: {"text": {"weight_decay": value}} for name, value in values.items()}
+    declared = {"title": "Decay", "rows": list(values), "figure": {"kind": "scores", "x": "text.weight_decay"}}
+    params = make_params(tables={"decay": declared}, ablations=ablations, findings={})
+    write_project(tmp_path, params)
+    path = tmp_path / params.paths.metrics / "none.json"
+    data = json.loads(path.read_text())
+    for config in ({**data["config"]["text"], "weight_decay": None}, {"corner_tokens": 2}):
+        data["config"]["text"] = config
+        write_json(path, data)
+        inputs = load_inputs(params, tmp_path)
+        assert any(line.startswith("metrics of none: params.yaml has changed since") for line in inputs.missing)
+        (section, *_) = benchmark_sections(inputs, "scenes")
+        assert [row[0].text for row in section.table.rows] == ["some", "more"]
+        assert {"0.1", "0.3"} <= set(drawn_words(section.figure)) and "0" not in drawn_words(section.figure)
+
+
 def tick_places(figure):
     """Horizontal places of numbers in thousands, which are the x axis's ticks, panel by panel."""
     return [float(place) for place in re.findall(r'<text[^>]* x="([\d.]+)"[^>]*>\d+,000</text>', figure.svg)]

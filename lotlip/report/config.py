@@ -237,23 +237,34 @@ def declaration_problems(
         if not isinstance(figure, ScoresFigureConfig):
             continue
         names += [(f"{place}.figure.lines.{line}", name) for line, given in figure.lines.items() for name in given]
+        drawn = [name for given in figure.lines.values() for name in given] or list(table.rows)
         for key in figure.x:
             if key not in keys:
                 problems.append(f"{place}.figure.x: no key {key!r} in pretrain{nearest(key, keys)}")
                 continue
-            drawn = [name for given in figure.lines.values() for name in given] or list(table.rows)
             values = {name: settings[name].get(key) for name in drawn if name in settings}
             problems += [
                 f"{place}.figure.x: {key} is {value!r} in ablation {name}, not a number"
                 for name, value in values.items()
-                if isinstance(value, bool) or not isinstance(value, (int, float))
+                if not _is_number(value)
                 if key not in (SAMPLES, SHORT_SHARE) or value is not None
             ]
+        places = {name: [settings[name].get(key) for key in figure.x] for name in drawn if name in settings}
+        problems += [
+            f"{place}.figure.x_scale: log shows only values above 0, but {' + '.join(figure.x)} is {sum(values)} in "
+            f"ablation {name}; leave the ablation out, or use linear"
+            for name, values in places.items()
+            if figure.x_scale == "log" and all(map(_is_number, values)) and sum(values) <= 0
+        ]
     return problems + [
         f"{place}: no ablation {name!r}{nearest(name, settings)} (there are: {', '.join(settings)})"
         for place, name in names
         if name not in settings
     ]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _role_problems(findings: FindingsConfig, settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
