@@ -55,10 +55,11 @@ from flows.sweep.runners import (
     TrialRunner,
     mlflow_address,
 )
-from flows.sweep.trials import Sweep, Trial, make_grid, selection, short_name
+from flows.sweep.trials import AXES, Sweep, Trial, make_grid, selection, short_name
 from flows.sweep.workspaces import IDENTITY, Experiment, Snapshot, set_params
 from lotlip.config.params import load_params
 from lotlip.core.console import INTERRUPTED
+from lotlip.core.differences import format_differences, replacements
 from lotlip.core.section import ConfigError
 from lotlip.core.temporary import temporary_folder
 from lotlip.core.yaml import parse_yaml, read_yaml
@@ -318,10 +319,7 @@ def main(arguments: Sequence[str]) -> None:
     what.add_argument("--apply", metavar="TRIAL", help="write the parameters of a trial to params.yaml")
     chosen = parser.parse_args(arguments)
     if chosen.apply:
-        changes = Experiment(Path.cwd(), chosen.apply).overrides()
-        changes.pop("pretrain.seeds", None)
-        set_params(Path("params.yaml"), changes)
-        print(f"params.yaml now has {', '.join(f'{key}={value}' for key, value in changes.items())}")
+        apply(chosen.apply)
         return
     configure_tracebacks()
     settings = read_sweep(chosen.sweep)
@@ -342,6 +340,27 @@ def main(arguments: Sequence[str]) -> None:
             if not is_unreachable(error):
                 raise
             raise StageFailed(f"{no_answer_message()}; rerun the same sweep: finished trials are kept") from error
+
+
+def apply(name: str) -> None:
+    """Writes to params.yaml all settings of a trial that decide its result, except its seed.
+
+    Its changes alone are not enough: another sweep, with other values in params.yaml, may have run it.
+
+    Raises:
+        StageFailed: there is no such experiment.
+        ConfigError: params.yaml is not valid, or its other ablations are not valid with these settings.
+    """
+    trial, current = Experiment(Path.cwd(), name).params(), load_params()
+    given = trial.model_dump(mode="json", exclude_unset=True)
+    changes = replacements(trial.decisive_sections(), current.decisive_sections(), given)
+    changes.pop(AXES["seeds"], None)
+    if not changes:
+        print(f"params.yaml already has the settings of {name}")
+        return
+    set_params(Path("params.yaml"), changes)
+    print(f"params.yaml now has {format_differences(changes)}")
+    load_params()
 
 
 def read_sweep(text: str) -> Sweep:

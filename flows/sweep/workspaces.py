@@ -21,10 +21,12 @@ from typing import IO, Any, TypeVar
 
 from flows.runtime.git import run_git
 from flows.runtime.scratch import SCRATCH, StageFailed
+from lotlip.config.params import Params, checked_params
 from lotlip.core.files import atomic_write, move, remove
 from lotlip.core.record import as_record
 from lotlip.core.section import flatten
 from lotlip.core.temporary import temporary_folder
+from lotlip.core.yaml import parse_yaml
 
 CODE = ("flows", "lotlip", "dvc.yaml", "dvc.lock", "params.yaml", ".dvcignore", ".dvc/config")
 IDENTITY = {  # experiments are commits, which need an author
@@ -185,20 +187,18 @@ class Experiment:
             raise StageFailed(f"{path} of experiment {self.name} is not in DVC's cache: {error}") from error
         return as_record(json.loads(text), kind, path)
 
-    def overrides(self) -> dict[str, Any]:
-        """Returns its changes to params.yaml, dotted parameter → value.
+    def params(self) -> Params:
+        """Returns the params.yaml that it ran with.
 
         Raises:
-            StageFailed: there is no such experiment, or it is not from a sweep.
+            StageFailed: there is no such experiment.
+            ConfigError: the file is not valid with the code of today.
         """
         revision = self.revision()
         if not revision:
             raise StageFailed(f"no experiment {self.name!r}; list them with `dvc exp list --all-commits`")
-        message = _git(self.root, "show", "--no-patch", "--format=%B", revision)
-        try:
-            return json.loads(message)
-        except json.JSONDecodeError as error:
-            raise StageFailed(f"{self.name} is not a trial of a sweep; try `dvc exp apply {self.name}`") from error
+        place = f"params.yaml of {self.name}"
+        return checked_params(parse_yaml(_git(self.root, "show", f"{revision}:./params.yaml"), place), place)
 
     def fetch(self) -> bool:
         """Fetches the result that a work pool's worker pushed to `origin`; returns whether there is one.
@@ -268,7 +268,7 @@ class Experiment:
 
 
 def message_of(overrides: Mapping[str, Any]) -> str:
-    """Returns the message of an experiment's commit, from which `Experiment.overrides` reads its changes."""
+    """Returns the message of an experiment's commit, which lists its changes to params.yaml."""
     return json.dumps(dict(overrides), allow_nan=False)
 
 

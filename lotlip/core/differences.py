@@ -15,6 +15,27 @@ def differences(settings: Mapping[str, Any], base: Mapping[str, Any]) -> dict[st
     return {key: ours.get(key) for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)}
 
 
+def replacements(
+    settings: Mapping[str, Any], base: Mapping[str, Any], given: Mapping[str, Any], prefix: str = ""
+) -> dict[str, Any]:
+    """Dotted key → value, which turn `base` into `settings`; a mapping with other keys is replaced as a whole.
+
+    Args:
+        settings: all settings, with defaults.
+        base: likewise.
+        given: `settings` without the defaults, as a mapping is written.
+        prefix: of the dotted keys.
+    """
+    changes: dict[str, Any] = {}
+    for key, value in settings.items():
+        old, short = base[key], given.get(key, value)
+        if isinstance(value, Mapping) and isinstance(old, Mapping) and value.keys() == old.keys():
+            changes |= replacements(value, old, short, f"{prefix}{key}.")
+        elif value != old:
+            changes[f"{prefix}{key}"] = short
+    return changes
+
+
 def format_differences(differs: Mapping[str, Any]) -> str:
     """Differences as params.yaml writes them: "text.corner_tokens = 4, optimizer.betas = [0.9, 0.98]"."""
     return ", ".join(f"{key} = {format_value(value)}" for key, value in differs.items()) or "the base"

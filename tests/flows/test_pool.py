@@ -139,7 +139,7 @@ def test_a_trial_on_a_worker_is_an_experiment_of_the_project(
     assert calls == [["push", "--quiet", "--run-cache", "--with-deps", "evaluate@lotlip"]]
     assert experiment.fetch()
     revision = experiment.revision()
-    assert experiment.overrides() == changes
+    assert json.loads(git(project, "show", "--no-patch", "--format=%B", str(revision))) == changes
     assert git(project, "show", f"{revision}:dvc.lock").strip() == "1 -m flows.reproduce --pull evaluate@lotlip"
     assert git(project, "show", f"{revision}:params.yaml") == "pretrain:\n  steps: 9  # short\n"
     head = git(project, "rev-parse", "HEAD").strip()

@@ -16,19 +16,21 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from flows.deployments import NIGHTLY, WEEKLY
 from flows.runtime.fork_server import SOCKET
 from flows.runtime.servers import free_port
 from flows.sweep.runners import DONE, FAILED, REUSED, WAITING, Outcome
-from flows.sweep.sweep import _fork_server_for, time_left
-from flows.sweep.trials import Sweep, Trial, make_grid, short_name
-from flows.sweep.workspaces import Snapshot, set_params
+from flows.sweep.sweep import _fork_server_for, main, time_left
+from flows.sweep.trials import Sweep, Trial, make_grid, short_name, with_changes
+from flows.sweep.workspaces import Experiment, Snapshot, set_params
 from lotlip.config.params import Params, load_params
 from lotlip.core.section import ConfigError
 from tests.browser import PICTURES, TIMEOUT, chromium, needs_chromium
 from tests.flows.test_cancel import await_that, post, send
+from tests.flows.test_pool import git
 from tests.tiny_pipeline import smallest
 from tests.workspace import ROOT, Workspace
 
@@ -151,6 +153,56 @@ def test_parameters_are_set_without_touching_other_lines(tmp_path: Path):
     changed = load_params(path)
     assert (changed.pretrain.text.corner_tokens, changed.pretrain.text.context_length) == (7, 96)
     assert changed.caption.captioners["llava"].omission == 0.5
+
+
+# --- finished trials ------------------------------------------------------------------------------------------------
+
+
+def finish(root: Path, name: str, content: dict[str, Any]) -> Experiment:
+    """Makes an experiment of a project, whose params.yaml had this content."""
+    git(root, "init", "--quiet")
+    (root / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    git(root, "add", "params.yaml")
+    git(root, "commit", "--quiet", "--message", name)
+    commit = git(root, "rev-parse", "HEAD").strip()
+    git(root, "update-ref", f"refs/exps/{commit[:2]}/{commit[2:]}/{name}", commit)
+    return Experiment(root, name)
+
+
+def with_values(params: Params, **values: Any) -> dict[str, Any]:
+    """The content of a params.yaml with other values of `pretrain`."""
+    return with_changes(params.model_dump(mode="json", exclude_unset=True), {"pretrain": values})
+
+
+@pytest.mark.slow
+def test_all_settings_of_a_trial_are_applied_whatever_its_sweep_varied(params, tmp_path, monkeypatch, capsys):
+    finish(tmp_path, "m2-s7", with_values(params, seeds=[7]))
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text((ROOT / "params.yaml").read_text())
+    image_tower = {"kind": "packaged"}
+    set_params(Path("params.yaml"), {CORNERS: 4, "pretrain.text.context_length": 96, "ingest.source.seed": 3})
+    set_params(Path("params.yaml"), {"evaluate.benchmarks.more": {"kind": "held-out"}, "image_tower": image_tower})
+    main(["--apply", "m2-s7"])
+    applied = load_params()
+    assert applied.decisive_sections() == params.decisive_sections()
+    assert applied.pretrain.seeds == params.pretrain.seeds
+    assert "# docs/findings.md says why" in Path("params.yaml").read_text()
+    printed = capsys.readouterr().out
+    for part in ("pretrain.text.corner_tokens = 2", "pretrain.text.context_length = 128", "ingest.source.seed = 2024"):
+        assert part in printed
+    main(["--apply", "m2-s7"])
+    assert capsys.readouterr().out == "params.yaml already has the settings of m2-s7\n"
+
+
+def test_ablations_that_do_not_go_with_applied_settings_are_named(params, tmp_path, monkeypatch):
+    content = with_values(params, short_texts={"random_offset": True})
+    alone = {"ablations": {"lotlip": {}}, "finetune": {}, "reproduce": {}, "tables": {}, "findings": {}}
+    finish(tmp_path, "m2", {**content, **alone})
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text((ROOT / "params.yaml").read_text())
+    with pytest.raises(ConfigError, match=r"params\.yaml cannot be used:(?s:.*)ablations\.filip"):
+        main(["--apply", "m2"])
+    assert "random_offset: true" in Path("params.yaml").read_text()
 
 
 # --- run ------------------------------------------------------------------------------------------------------------
