@@ -22,7 +22,7 @@ from flows.runtime.servers import port_of
 from flows.runtime.stage import hash_of
 from flows.runtime.supervisor import end_group, start_group, supervised
 from flows.sweep.reasons import failure_reason
-from flows.sweep.trials import Sweep, Trial, selection_scores
+from flows.sweep.trials import Sweep, Trial, base_of, selection_scores
 from flows.sweep.workspaces import Experiment, Snapshot
 from lotlip.config.params import Params
 from lotlip.core.caches import private_folder
@@ -168,7 +168,9 @@ class TrialRunner(ABC):
 
     def _outcome(self, trial: Trial, experiment: Experiment, status: str) -> Outcome:
         """Reads the scores of a finished trial, and tags its run in MLflow with this sweep."""
-        paths, base = self.params.paths, trial.base
+        # another sweep may have run it, when params.yaml had other names for the same ablation and folders
+        own = experiment.params()
+        paths, base = own.paths, base_of(own)
         benchmarks = experiment.read(paths.metrics / f"{base}.json", AblationScores).benchmarks
         scores = selection_scores(self.settings, trial, benchmarks)
         files = [paths.stages / f"{stage}-{base}.json" for stage in ("pretrain", "evaluate")]

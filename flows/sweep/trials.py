@@ -142,9 +142,7 @@ def make_grid(sweep: Sweep, params: Params) -> list[Trial]:
         ConfigError: `select_by` is not a score, no ablation equals `pretrain`, or a key or value is invalid; the
             message lists all problems.
     """
-    base = next((name for name, differences in params.ablations.items() if not differences), None)
-    if base is None:
-        raise ConfigError("a sweep needs an ablation that equals `pretrain`; add `lotlip: {}` to ablations")
+    base = base_of(params)
     plain = params.model_dump(mode="json", exclude_unset=True)
     axes, seeds = sweep.axes, sweep.seeds or params.pretrain.seeds
     trials: dict[str, Trial] = {}
@@ -160,6 +158,18 @@ def make_grid(sweep: Sweep, params: Params) -> list[Trial]:
     if problems:
         raise ConfigError(f"sweep {sweep.name} is invalid:", problems)
     return list(trials.values())
+
+
+def base_of(params: Params) -> str:
+    """Returns the name of the ablation without differences from `pretrain`, which a sweep trains.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for name, differences in params.ablations.items():
+        if not differences:
+            return name
+    raise ConfigError("a sweep needs an ablation that equals `pretrain`; add `lotlip: {}` to ablations")
 
 
 def selection(sweep: Sweep, params: Params) -> tuple[str, tuple[Metric, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import signal
 import subprocess
@@ -22,12 +23,14 @@ from pydantic import ValidationError
 from flows.deployments import NIGHTLY, WEEKLY
 from flows.runtime.fork_server import SOCKET
 from flows.runtime.servers import free_port
-from flows.sweep.runners import DONE, FAILED, REUSED, WAITING, Outcome
+from flows.sweep import runners
+from flows.sweep.runners import DONE, FAILED, REUSED, WAITING, Outcome, TrialRunner
 from flows.sweep.sweep import _fork_server_for, main, time_left
 from flows.sweep.trials import Sweep, Trial, make_grid, short_name, with_changes
 from flows.sweep.workspaces import Experiment, Snapshot, set_params
 from lotlip.config.params import Params, load_params
 from lotlip.core.section import ConfigError
+from lotlip.evaluate.records import BenchmarkScores
 from tests.browser import PICTURES, TIMEOUT, chromium, needs_chromium
 from tests.flows.test_cancel import await_that, post, send
 from tests.flows.test_pool import git
@@ -169,6 +172,11 @@ def finish(root: Path, name: str, content: dict[str, Any]) -> Experiment:
     return Experiment(root, name)
 
 
+def only(ablation: str) -> dict[str, Any]:
+    """Sections of a params.yaml with one ablation."""
+    return {"ablations": {ablation: {}}, "finetune": {}, "reproduce": {}, "tables": {}, "findings": {}}
+
+
 def with_values(params: Params, **values: Any) -> dict[str, Any]:
     """The content of a params.yaml with other values of `pretrain`."""
     return with_changes(params.model_dump(mode="json", exclude_unset=True), {"pretrain": values})
@@ -196,13 +204,36 @@ def test_all_settings_of_a_trial_are_applied_whatever_its_sweep_varied(params, t
 
 def test_ablations_that_do_not_go_with_applied_settings_are_named(params, tmp_path, monkeypatch):
     content = with_values(params, short_texts={"random_offset": True})
-    alone = {"ablations": {"lotlip": {}}, "finetune": {}, "reproduce": {}, "tables": {}, "findings": {}}
-    finish(tmp_path, "m2", {**content, **alone})
+    finish(tmp_path, "m2", content | only("lotlip"))
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text((ROOT / "params.yaml").read_text())
     with pytest.raises(ConfigError, match=r"params\.yaml cannot be used:(?s:.*)ablations\.filip"):
         main(["--apply", "m2"])
     assert "random_offset: true" in Path("params.yaml").read_text()
+
+
+def test_a_finished_trial_is_read_after_its_ablation_and_folders_have_other_names(params, monkeypatch):
+    monkeypatch.setattr(runners, "get_run_logger", lambda: logging.getLogger("test"))
+    settings = Sweep(name="again", seeds=[0])
+    data = params.model_dump(mode="json", exclude_unset=True)
+    renamed = Params.model_validate(data | only("ours") | {"paths": {"models": "trained"}})
+    (trial,) = make_grid(settings, params)
+    (again,) = make_grid(settings, renamed)
+    assert names([trial]) == names([again])
+    scores = BenchmarkScores(seeds={0: {"long.text_to_image.r1": 0.5}})
+    files = {
+        "metrics/lotlip.json": SimpleNamespace(benchmarks={"scenes": scores}),
+        "metrics/stages/pretrain-lotlip.json": SimpleNamespace(seconds=40),
+        "metrics/stages/evaluate-lotlip.json": SimpleNamespace(seconds=20),
+        "models/lotlip/run.json": "run",
+    }
+    experiment = SimpleNamespace(name="m2", params=lambda: params, read=lambda path, _: files[path.as_posix()])
+    tracker = SimpleNamespace(
+        uri="http://server", experiment_id="1", ensure_runs={"run": {"0": "id"}}.get, set_tags=lambda *_: None
+    )
+    runner: Any = SimpleNamespace(params=renamed, settings=settings, flow_run="", tracker=tracker, _lock=nullcontext())
+    outcome = TrialRunner._outcome(runner, again, experiment, REUSED)  # type: ignore[arg-type]
+    assert (outcome.scores, outcome.minutes, outcome.run_id) == ({"long.text_to_image.r1": 0.5}, 1.0, "id")
 
 
 # --- run ------------------------------------------------------------------------------------------------------------
