@@ -6,6 +6,7 @@ beyond its own end. One file for both is replaced atomically, so they always bel
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -16,11 +17,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from lotlip.core.files import atomic_write, check_free, sha256_files
-from lotlip.retrieval.index import Index, join, open_index
+from lotlip.retrieval.index import Index, join, nearest, open_index
 
 KINDS = ("hnsw", "ivf-pq", "flat")
 EXACT_BELOW = 100_000  # items; search is exact below this
-TOP = 10  # recall is measured at this number of results
+TOP = 10  # recall is measured, and effort chosen, at this number of results
 RECALL = 0.97  # the effort of a search is the least that reaches this recall, with a margin over 0.95
 _QUERIES = 200
 _EFFORTS = {"hnsw": (16, 32, 64, 128, 256, 512, 1024), "ivf-pq": (4, 8, 16, 32, 64, 128, 256), "flat": (0,)}
@@ -192,13 +193,16 @@ def open_searchable(embeddings: Path, exact: bool = False) -> Index:
     found = _read_faiss(out, mapped=True)
     if (found.ntotal, found.d) != (index.size, index.about["width"]):
         raise ValueError(f"{out} is damaged: it has {found.ntotal} items; {_rebuild(embeddings)}")
-    _set_effort(found, record.effort)
 
-    def nearest(query: np.ndarray, top: int) -> list[tuple[float, int]]:
+    def approximate(query: np.ndarray, top: int) -> list[tuple[float, int]]:
+        # the effort was chosen for `TOP` results; more are in proportionally more clusters, or further in the graph
+        _set_effort(found, math.ceil(record.effort * max(top / TOP, 1)))
         scores, rows = found.search(query[None].astype(np.float32), min(top, index.size))
-        return [(score, row) for score, row in zip(scores[0].tolist(), rows[0].tolist(), strict=True) if row >= 0]
+        if (rows < 0).any():  # FAISS found fewer
+            return nearest(index.blocks(), query, top)
+        return list(zip(scores[0].tolist(), rows[0].tolist(), strict=True))
 
-    return index._replace(approximate=nearest)
+    return index._replace(approximate=approximate)
 
 
 # --- FAISS ------------------------------------------------------------------------------------------------------------
