@@ -225,6 +225,33 @@ def test_siglips_texts_are_prepared_wherever_the_tokenizer_comes_from(tokenizer:
     assert start.tokenizer.encode(["A RED dog!"]) == start.tokenizer.encode(["a red dog"])
 
 
+@pytest.mark.parametrize(
+    ("kind", "tokenizer"), [("clip", "bert"), ("siglip", "bert"), ("siglip", "clip"), ("open_clip", "bert")]
+)
+def test_a_tokenizer_of_another_family_is_an_error(kind: str, tokenizer: str, tmp_path: Path) -> None:
+    if kind == "open_clip":
+        name = str(save_open_clip(tmp_path / "theirs", register_open_clip(tmp_path)))
+    else:
+        name = str({"clip": save_clip, "siglip": save_siglip}[kind](tmp_path / "theirs"))
+    with pytest.raises(
+        ValueError, match=rf"of the \w+ family, but its tokenizer .* of the {tokenizer} family; .*--tok"
+    ):
+        open_start(name, {"bert": "bert-base-uncased"}.get(tokenizer, tokenizer))
+
+
+def test_a_tokenizer_of_another_family_is_an_error_for_a_file(tmp_path: Path) -> None:
+    save_longclip(tmp_path / "longclip-B.pt")
+    with pytest.raises(ValueError, match=r"longclip-B\.pt is of the clip family, .* of the bert family"):
+        open_start(str(tmp_path / "longclip-B.pt"), "bert-base-uncased")
+
+
+def test_a_tokenizer_for_a_model_of_this_project_is_an_error(tmp_path: Path) -> None:
+    start = open_start(str(save_clip(tmp_path / "theirs")))
+    save_model(start.config, start.read_weights(), start.tokenizer, tmp_path / "ours", image_tower=None)
+    with pytest.raises(ValueError, match="has its own tokenizer; remove --tokenizer"):
+        open_start(str(tmp_path / "ours"), "clip")
+
+
 def test_a_tokenizer_class_that_cannot_be_imported_does_not_matter(tmp_path: Path) -> None:
     folder = save_siglip(tmp_path / "theirs")
     file = folder / "tokenizer_config.json"

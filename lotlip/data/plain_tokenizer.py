@@ -89,8 +89,8 @@ class PlainTokenizer(TextTokenizer):
         self.end_id = special[-1] if special else self.pad_id
 
     @property
-    def family(self) -> str:
-        return "clip" if self._tokenizer.token_to_id(_CLIP_TOKENS[0]) is not None else "siglip"
+    def family(self) -> Family:
+        return _family(self._tokenizer, self.name)
 
     @cached_property
     def words_hash(self) -> str:
@@ -133,10 +133,10 @@ def tokenizer_family(name: str) -> Family:
     Raises:
         ValueError: there is no such tokenizer, or it belongs to none of these families.
     """
-    if name == CLIP:
-        return "clip"
-    pieces = word_pieces(name)
+    return "clip" if name == CLIP else _family(word_pieces(name), name)
 
+
+def _family(pieces: Tokenizer, name: str) -> Family:
     def has(*tokens: str) -> bool:
         return all(pieces.token_to_id(token) is not None for token in tokens)
 

@@ -16,7 +16,7 @@ from lotlip.image_tower.config import OpenClipTowerConfig
 from lotlip.image_tower.open_clip import load_open_clip, model_config, open_clip_spec
 from lotlip.importing.clip_names import text_weights
 from lotlip.importing.start import StartingModel
-from lotlip.importing.tokenizers import as_plain, check_vocabulary
+from lotlip.importing.tokenizers import as_plain, check_tokenizer
 from lotlip.models.configuration import LotlipConfig
 
 # What the fields of open_clip's text configuration must be, for the text towers of CLIP and SigLIP.
@@ -55,7 +55,7 @@ def open_start(address: str, tokenizer: str | None = None) -> StartingModel:
     text = spec_text(architecture)
     siglip = is_siglip(text, f"open_clip:{address}")
     words = _tokenizer(architecture, text, siglip, tokenizer)
-    check_vocabulary(words, text["vocab_size"], f"open_clip:{address}")
+    check_tokenizer(words, "siglip" if siglip else "clip", text["vocab_size"], f"open_clip:{address}")
     config = LotlipConfig(
         text_config=text_config(text, spec.kwargs["embed_dim"], bool(spec.kwargs["quick_gelu"]), words),
         image_config=spec.to_json(),

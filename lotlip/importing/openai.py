@@ -15,7 +15,7 @@ from lotlip.importing import official
 from lotlip.importing.clip_names import text_weights
 from lotlip.importing.open_clip import spec_text, text_config
 from lotlip.importing.start import ACCEPTED, StartingModel
-from lotlip.importing.tokenizers import check_vocabulary
+from lotlip.importing.tokenizers import check_tokenizer
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.vision.spec import ImageTowerSpec
 
@@ -60,7 +60,7 @@ def open_start(file: Path, tokenizer: str | None = None) -> StartingModel:
     spec = _image_tower(weights)
     text = _text(weights)
     words = PlainTokenizer(tokenizer or CLIP, text["context_length"])
-    check_vocabulary(words, text["vocab_size"], str(file))
+    check_tokenizer(words, "clip", text["vocab_size"], str(file))
     config = LotlipConfig(
         text_config=text_config(text, spec.kwargs["embed_dim"], True, words),
         image_config=spec.to_json(),

@@ -85,6 +85,8 @@ def open_start(name: str, tokenizer: str | None = None, local_files_only: bool =
             hint = f"; name one of its seeds, such as {seeds[0]}" if seeds else f"; {ACCEPTED}"
             raise ValueError(f"{name} has no model (config.json is missing){hint}")
         if read_json(path / "config.json").get("model_type") == LotlipConfig.model_type:
+            if tokenizer is not None:
+                raise ValueError(f"{name} is a model of this project, which has its own tokenizer; remove --tokenizer")
             from lotlip.importing import ours
 
             return ours.open_start(path)

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from lotlip.data.plain_tokenizer import PlainTokenizer
+from lotlip.data.plain_tokenizer import Family, PlainTokenizer
 
 
 def as_plain(tokenizer: Any, context_length: int) -> PlainTokenizer:
@@ -28,13 +28,27 @@ def as_plain(tokenizer: Any, context_length: int) -> PlainTokenizer:
     return PlainTokenizer.of(backend, context_length, tokenizer.pad_token_id)
 
 
-def check_vocabulary(words: PlainTokenizer, rows: int, name: str) -> None:
-    """Raises ValueError if a tokenizer has more tokens than the text tower has rows, or less than half as many.
+def check_tokenizer(words: PlainTokenizer, family: Family, rows: int, name: str) -> None:
+    """Checks that a tokenizer can be that of a text tower.
 
-    Libraries make up a small tokenizer where a model's files of it are missing.
+    Args:
+        words: the tokenizer.
+        family: of the text tower.
+        rows: number of its word embeddings.
+        name: of the model, for the message.
+
+    Raises:
+        ValueError: the tokenizer is made for another family, or has more tokens than there are rows, or less than half
+            as many. Libraries make up a small tokenizer where a model's files of it are missing.
     """
+    remedy = "restore the tokenizer's files, or import the model with `lotlip import --tokenizer FOLDER`"
+    if words.family != family:
+        raise ValueError(
+            f"the text tower of {name} is of the {family} family, but its tokenizer is made for models of the "
+            f"{words.family} family; {remedy}, which has the model's own tokenizer"
+        )
     if not rows / 2 <= words.vocabulary_size <= rows:
         raise ValueError(
             f"the text tower of {name} has {rows} word embeddings, but its tokenizer has {words.vocabulary_size} "
-            "tokens; restore the tokenizer's files, or import the model with `lotlip import --tokenizer FOLDER`"
+            f"tokens; {remedy}"
         )

@@ -15,7 +15,7 @@ from lotlip.data.plain_tokenizer import PlainTokenizer
 from lotlip.image_tower.config import TransformersTowerConfig
 from lotlip.image_tower.transformers import transformers_spec
 from lotlip.importing.start import ACCEPTED, StartingModel
-from lotlip.importing.tokenizers import as_plain, check_vocabulary
+from lotlip.importing.tokenizers import as_plain, check_tokenizer
 from lotlip.models.configuration import LotlipConfig
 
 TYPES = ("clip", "siglip")
@@ -44,7 +44,7 @@ def open_start(
     tower = TransformersTowerConfig(kind="transformers", model=name, revision=revision)
     spec = transformers_spec(tower, local_files_only)
     words = _tokenizer(name, options, whole.text_config.max_position_embeddings, tokenizer)
-    check_vocabulary(words, whole.text_config.vocab_size, name)
+    check_tokenizer(words, whole.model_type, whole.text_config.vocab_size, name)
     is_siglip = whole.model_type == "siglip"
     text = whole.text_config
     # models of earlier versions have other ids in their configuration than in their tokenizer
