@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 
 from lotlip.data.plain_tokenizer import open_tokenizer
+from lotlip.importing import openai
 from lotlip.importing.start import StartingModel, open_start, split_commit
 from lotlip.models.lotlip import LotlipModel
 from lotlip.models.saving import load_model, save_model
@@ -132,6 +133,12 @@ def test_text_positions_are_not_interpolated_silently(tmp_path: Path) -> None:
         open_start(f"open_clip:{name}:{file}").build()
 
 
+@pytest.fixture
+def tiny_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the widths of `save_longclip` those of released models."""
+    monkeypatch.setattr(openai, "_WIDTHS", {"image": (128,), "text": (64,)})
+
+
 def save_longclip(file: Path) -> Any:
     """Writes a checkpoint of Long-CLIP; returns open_clip's model with the positions that Long-CLIP uses."""
     about = {
@@ -148,7 +155,7 @@ def save_longclip(file: Path) -> Any:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_long_clip_keeps_its_features(tmp_path: Path) -> None:
+def test_a_checkpoint_of_long_clip_keeps_its_features(tiny_widths: None, tmp_path: Path) -> None:
     theirs = save_longclip(tmp_path / "longclip-B.pt")
     start = open_start(str(tmp_path / "longclip-B.pt"))
     assert start.config.context_length == 30
@@ -161,6 +168,17 @@ def test_a_checkpoint_of_long_clip_keeps_its_features(tmp_path: Path) -> None:
         ]
         assert torch.allclose(images, normalize(theirs.encode_image(pixels), dim=-1), atol=1e-5)
     assert torch.equal(ours.logit_scale, theirs.logit_scale.reshape(1))
+
+
+def test_a_checkpoint_with_an_unknown_number_of_heads_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "vit-h.pt"
+    save_longclip(file)
+    for tower, width, known in (("image", 128, {"text": (64,)}), ("text", 64, {"image": (128,)})):
+        monkeypatch.setattr(openai, "_WIDTHS", {"image": (768, 1024), "text": (512, 768)} | known)
+        with pytest.raises(ValueError, match=rf"the {tower} tower of .* is {width} wide, .* open_clip:NAME:{file}"):
+            open_start(str(file))
 
 
 @pytest.mark.slow
@@ -239,7 +257,7 @@ def test_a_tokenizer_of_another_family_is_an_error(kind: str, tokenizer: str, tm
         open_start(name, {"bert": "bert-base-uncased"}.get(tokenizer, tokenizer))
 
 
-def test_a_tokenizer_of_another_family_is_an_error_for_a_file(tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_family_is_an_error_for_a_file(tiny_widths: None, tmp_path: Path) -> None:
     save_longclip(tmp_path / "longclip-B.pt")
     with pytest.raises(ValueError, match=r"longclip-B\.pt is of the clip family, .* of the bert family"):
         open_start(str(tmp_path / "longclip-B.pt"), "bert-base-uncased")

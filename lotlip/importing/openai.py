@@ -20,7 +20,10 @@ from lotlip.models.configuration import LotlipConfig
 from lotlip.models.vision.spec import ImageTowerSpec
 
 KEPT_POSITIONS = 20  # the first positions, which Long-CLIP keeps frozen (arXiv 2403.15378, section 3.1)
-_HEAD = 64  # width of an attention head in all models of OpenAI
+# The files do not show the number of attention heads. A head is 64 wide in each ViT of OpenAI and Long-CLIP, which have
+# these widths, but not in larger ones, such as LAION's ViT-H.
+_HEAD = 64
+_WIDTHS = {"image": (768, 1024), "text": (512, 768)}
 _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
 _TEXT = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
 
@@ -33,7 +36,7 @@ def open_start(file: Path, tokenizer: str | None = None) -> StartingModel:
         tokenizer: of the text tower; None: CLIP's, or BERT's for a LoTLIP checkpoint.
 
     Raises:
-        ValueError: it has another layout, or is of a CLIP with a ResNet.
+        ValueError: it has another layout, is of a CLIP with a ResNet, or its towers are not as wide as OpenAI's.
     """
     weights = read_any_weights(file)
     if any(name.startswith("text.transformer.encoder.") for name in weights):
@@ -57,6 +60,7 @@ def open_start(file: Path, tokenizer: str | None = None) -> StartingModel:
     if trained is not None:
         weights["positional_embedding"] = weights["positional_embedding"].clone()
         weights["positional_embedding"][KEPT_POSITIONS:] = trained[KEPT_POSITIONS:]
+    _check_widths(file, image=weights["visual.conv1.weight"].shape[0], text=len(weights["ln_final.weight"]))
     spec = _image_tower(weights)
     text = _text(weights)
     words = PlainTokenizer(tokenizer or CLIP, text["context_length"])
@@ -69,6 +73,17 @@ def open_start(file: Path, tokenizer: str | None = None) -> StartingModel:
         corner_tokens=0,
     )
     return StartingModel(str(file), config, words, lambda: _ours(weights))
+
+
+def _check_widths(file: Path, **widths: int) -> None:
+    """Raises ValueError if the number of a tower's attention heads is not known from its width."""
+    for tower, width in widths.items():
+        if width not in _WIDTHS[tower]:
+            raise ValueError(
+                f"the {tower} tower of {file} is {width} wide, unlike those of OpenAI and Long-CLIP "
+                f"({' or '.join(map(str, _WIDTHS[tower]))}), so its number of attention heads is not known; name its "
+                f"architecture in open_clip: open_clip:NAME:{file}"
+            )
 
 
 def _image_tower(weights: Mapping[str, Tensor]) -> ImageTowerSpec:
