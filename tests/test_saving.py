@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModel
 
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.models.lotlip import LotlipModel
-from lotlip.models.saving import copy_with_provenance, load_model, save_model
+from lotlip.models.saving import copy_with_provenance, load_model, save_model, save_whole_model
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.initialisation import build_for_pretraining
 from lotlip.pretrain.model import LotlipForPreTraining
@@ -148,6 +149,19 @@ def test_a_copy_can_have_more_provenance(saved_model, tmp_path):
     weights = [load_file(folder / "model.safetensors") for folder in (saved_model[1], tmp_path / "copy")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert "Not evaluated yet" in (saved_model[1] / "README.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_saved_in_half_precision_is_loaded_and_saved_in_fp32(saved_model, tmp_path, dtype):
+    folder, again = tmp_path / "half", tmp_path / "again"
+    shutil.copytree(saved_model[1], folder)
+    AutoModel.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
+    loaded, tokenizer = load_model(folder)
+    save_whole_model(loaded, tokenizer, again, {})
+    for model in (loaded, AutoModel.from_pretrained(again)):
+        assert {weight.dtype for weight in model.state_dict().values() if weight.is_floating_point()} == {torch.float32}
+    exact = load_file(folder / "model.safetensors")["text.proj.weight"]
+    assert exact.dtype == dtype and torch.equal(loaded.text.proj.weight, exact.float())
 
 
 def save_changed(saved_model: tuple[Any, Path], folder: Path, change: Any) -> Path:

@@ -9,6 +9,7 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.utils import logging
 
@@ -76,7 +77,7 @@ def without_progress_bars() -> Iterator[None]:
 
 
 def load_model(folder: Path) -> tuple[LotlipModel, TextTokenizer]:
-    """Loads a saved model in evaluation mode, and its tokenizer.
+    """Loads a saved model in evaluation mode and fp32, whatever precision it was saved in, and its tokenizer.
 
     Raises:
         ValueError: the folder has no model; weights are missing, unexpected, damaged or not finite; or the
@@ -90,7 +91,7 @@ def load_model(folder: Path) -> tuple[LotlipModel, TextTokenizer]:
     check_weights(folder)
     with without_progress_bars():
         loaded: Any = LotlipModel.from_pretrained(
-            folder, output_loading_info=True, trust_remote_code=False, weights_only=True
+            folder, output_loading_info=True, trust_remote_code=False, weights_only=True, dtype=torch.float32
         )
     model, info = loaded
     mismatches = {
