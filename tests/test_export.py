@@ -63,7 +63,8 @@ def save(start: StartingModel, folder: Path, registers: int = 0, change: Change 
     weights, name = dict(start.read_weights()), "text.transformer.embeddings.token_embedding.weight"
     weights[name] = torch.cat([weights[name], torch.randn(CORNERS + registers, weights[name].shape[1])])
     model = LotlipModel(config)
-    model.load_state_dict(weights)
+    bias = {"logit_bias": torch.tensor([-7.0])} if config.logit_bias else {}
+    model.load_state_dict({**bias, **weights})
     save_whole_model(model, start.tokenizer, folder, {})
     return folder
 
@@ -187,6 +188,19 @@ def test_an_export_to_open_clip_keeps_the_features(kind: str, tmp_path: Path) ->
         assert torch.allclose(normalize(model.encode_image(pixels), dim=-1), images, atol=1e-5)
     assert torch.allclose(model.logit_scale.exp(), load_model(ours)[0].scale)
     assert (model.logit_bias is not None) == is_siglip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["clip", "open_clip"])
+def test_an_export_to_open_clip_keeps_the_scale_and_the_bias_when_imported_again(kind: str, tmp_path: Path) -> None:
+    def add_bias(config: LotlipConfig) -> None:
+        config.logit_bias = True
+
+    ours = save_tiny(kind, tmp_path, change=add_bias)
+    export(ours, "open_clip", tmp_path / "out")
+    before, after = load_model(ours)[0], open_start(str(tmp_path / "out")).build()
+    assert after.logit_bias is not None and torch.equal(after.logit_bias, before.logit_bias)
+    assert torch.equal(after.logit_scale, before.logit_scale)
 
 
 # --- ONNX -----------------------------------------------------------------------------------------------------------

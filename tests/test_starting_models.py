@@ -170,6 +170,14 @@ def test_a_checkpoint_of_long_clip_keeps_its_features(tiny_widths: None, tmp_pat
     assert torch.equal(ours.logit_scale, theirs.logit_scale.reshape(1))
 
 
+def test_a_checkpoint_keeps_its_bias(tiny_widths: None, tmp_path: Path) -> None:
+    file = tmp_path / "longclip-B.pt"
+    save_longclip(file)
+    torch.save(torch.load(file, weights_only=True) | {"logit_bias": torch.tensor(-7.0)}, file)
+    bias = open_start(str(file)).build().logit_bias
+    assert bias is not None and bias.tolist() == [-7]
+
+
 def test_a_checkpoint_with_an_unknown_number_of_heads_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ from lotlip.models.configuration import LotlipConfig
 # What the fields of open_clip's text configuration must be, for the text towers of CLIP and SigLIP.
 _CLIP: dict[str, Any] = {"no_causal_mask": False, "pool_type": "argmax", "proj_bias": False}
 _SIGLIP: dict[str, Any] = {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
+SCALARS = ("logit_scale", "logit_bias")  # the second one only in models trained with SigLIP's loss
 _POSITIONS = ("positional_embedding", "text.positional_embedding")
 _PLAIN: dict[str, Any] = {"hf_model_name": None, "embed_cls": False, "ls_init_value": None, "block_type": None}
 
@@ -62,9 +63,9 @@ def open_start(address: str, tokenizer: str | None = None) -> StartingModel:
         embed_dim=spec.kwargs["embed_dim"],
         context_length=words.context_length,
         corner_tokens=0,
-        logit_bias=siglip,
+        logit_bias=model_config(architecture)[0].get("init_logit_bias") is not None,
     )
-    return StartingModel(f"open_clip:{address}", config, words, lambda: _weights(tower, siglip, text["context_length"]))
+    return StartingModel(f"open_clip:{address}", config, words, lambda: _weights(tower, text["context_length"]))
 
 
 def spec_text(architecture: str) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def _tokenizer(architecture: str, text: Mapping[str, Any], siglip: bool, tokeniz
     return PlainTokenizer(tokenizer or CLIP, text["context_length"])
 
 
-def _weights(tower: OpenClipTowerConfig, siglip: bool, context_length: int) -> dict[str, Tensor]:
+def _weights(tower: OpenClipTowerConfig, context_length: int) -> dict[str, Tensor]:
     model = load_open_clip(tower)
     _check_positions(tower, context_length)
     state: dict[str, Tensor] = {name: value.float() for name, value in model.state_dict().items()}
@@ -150,11 +151,9 @@ def _weights(tower: OpenClipTowerConfig, siglip: bool, context_length: int) -> d
     text = {
         name.removeprefix("text."): value
         for name, value in state.items()
-        if not name.startswith("visual.") and name not in ("logit_scale", "logit_bias", "attn_mask")
+        if not name.startswith("visual.") and name not in (*SCALARS, "attn_mask")
     }
-    scalars = {"logit_scale": state["logit_scale"].reshape(1)}
-    if siglip:
-        scalars["logit_bias"] = state["logit_bias"].reshape(1)
+    scalars = {name: state[name].reshape(1) for name in SCALARS if name in state}
     return {**image, **text_weights(text), **scalars}
 
 

@@ -13,7 +13,7 @@ from lotlip.data.tokenizer import CLIP
 from lotlip.data.weights import read_any_weights
 from lotlip.importing import official
 from lotlip.importing.clip_names import text_weights
-from lotlip.importing.open_clip import spec_text, text_config
+from lotlip.importing.open_clip import SCALARS, spec_text, text_config
 from lotlip.importing.start import ACCEPTED, StartingModel
 from lotlip.importing.tokenizers import check_tokenizer
 from lotlip.models.configuration import LotlipConfig
@@ -71,6 +71,7 @@ def open_start(file: Path, tokenizer: str | None = None) -> StartingModel:
         embed_dim=spec.kwargs["embed_dim"],
         context_length=words.context_length,
         corner_tokens=0,
+        logit_bias="logit_bias" in weights,
     )
     return StartingModel(str(file), config, words, lambda: _ours(weights))
 
@@ -125,4 +126,5 @@ def _ours(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     image = {
         f"image.trunk.{n.removeprefix('visual.')}": value for n, value in weights.items() if n.startswith("visual.")
     }
-    return {**image, **text_weights(text), "logit_scale": weights["logit_scale"].reshape(1)}
+    scalars = {name: weights[name].reshape(1) for name in SCALARS if name in weights}
+    return {**image, **text_weights(text), **scalars}
