@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -175,14 +177,41 @@ def save_changed(saved_model: tuple[Any, Path], folder: Path, change: Any) -> Pa
 
 def test_missing_weights_are_an_error_listing_them(saved_model, tmp_path):
     folder = save_changed(saved_model, tmp_path / "model", lambda weights: weights.pop("text.proj.weight"))
-    with pytest.raises(ValueError, match=r"do not match its config.json: .*missing_keys.*text\.proj\.weight"):
+    with pytest.raises(ValueError, match=r"do not fit its config.json: missing keys: text\.proj\.weight"):
         load_model(folder)
 
 
 def test_unexpected_weights_are_an_error_listing_them(saved_model, tmp_path):
     folder = save_changed(saved_model, tmp_path / "model", lambda weights: weights.update(stranger=torch.zeros(2)))
-    with pytest.raises(ValueError, match=r"unexpected_keys.*stranger"):
+    with pytest.raises(ValueError, match=r"unexpected keys: stranger; restore"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embed_dim": 24}, r"do not fit its config\.json: mismatched keys: text\.proj\.weight; restore"),
+        ({"embed_dim": "x"}, r"cannot be built from its config\.json, .*TypeError: .*; restore"),
+        ({"text_config": {"hidden_size": 33}}, r"cannot be built .*not a multiple of the number of attention heads.*"),
+        ({"text_config": {"model_type": "other"}}, r"cannot be built .*Unrecognized model identifier: other.*"),
+        ({"text_config": {"num_hidden_layers": 9}}, r"missing keys: text\.transformer\..* and \d+ more; restore"),
+        ({"image_config": None}, r"do not fit .*missing keys: image\.trunk\..*; unexpected keys: image\..*"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_its_weights_is_an_error_of_one_line(
+    saved_model, tmp_path, caplog, monkeypatch, change, message
+):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    folder = tmp_path / "model"
+    shutil.copytree(saved_model[1], folder)
+    config = json.loads((folder / "config.json").read_text())
+    for name, value in change.items():
+        config[name] = {**config[name], **value} if isinstance(value, dict) else value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 900
+    assert not caplog.records
 
 
 def test_a_folder_without_a_model_is_an_error(tmp_path):

@@ -17,6 +17,7 @@ from lotlip.image_tower.transformers import transformers_spec
 from lotlip.importing.start import ACCEPTED, StartingModel
 from lotlip.importing.tokenizers import as_plain, check_tokenizer
 from lotlip.models.configuration import LotlipConfig
+from lotlip.models.saving import wrong_weights
 
 TYPES = ("clip", "siglip")
 
@@ -84,10 +85,8 @@ def _weights(name: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"the weights of {name} cannot be read, or do not fit its config.json: {error}") from error
-    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    if any(wrong.values()):
-        listed = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names)}" for kind, names in wrong.items() if names)
-        raise ValueError(f"the weights of {name} do not fit its config.json: {listed}")
+    if wrong := wrong_weights(info):
+        raise ValueError(f"the weights of {name} do not fit its config.json: {wrong}")
     weights: dict[str, Tensor] = {f"image.trunk.{key}": value for key, value in model.vision_model.state_dict().items()}
     text = model.text_model.state_dict()
     if model.config.model_type == "siglip":

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from lotlip.models.card import model_card
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.lotlip import LotlipModel
 from lotlip.models.processing import LotlipProcessor
+
+_LISTED = 5  # of wrong weights
 
 
 def save_model(
@@ -76,12 +79,35 @@ def without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Disables the warnings of transformers, and restores them afterwards."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def wrong_weights(info: Mapping[str, Any]) -> str:
+    """Lists what `from_pretrained` reports as missing, left over or of another shape; empty if all weights fit."""
+    parts = []
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        # a mismatched one comes with its shapes
+        names = sorted(key if isinstance(key, str) else key[0] for key in info[kind])
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        if names:
+            parts.append(f"{kind.replace('_', ' ')}: {', '.join(names[:_LISTED])}{more}")
+    return "; ".join(parts)
+
+
 def load_model(folder: Path) -> tuple[LotlipModel, TextTokenizer]:
     """Loads a saved model in evaluation mode and fp32, whatever precision it was saved in, and its tokenizer.
 
     Raises:
-        ValueError: the folder has no model; weights are missing, unexpected, damaged or not finite; or the
-            configuration and the tokenizer split sentences differently.
+        ValueError: the folder has no model; its configuration is not valid; weights are missing, unexpected, of another
+            shape, damaged or not finite; or the configuration and the tokenizer split sentences differently.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no model: config.json is missing")
@@ -89,18 +115,23 @@ def load_model(folder: Path) -> tuple[LotlipModel, TextTokenizer]:
     if kind != LotlipConfig.model_type:
         raise ValueError(f"{folder} has a model of type {kind!r}, not a {LotlipConfig.model_type} model")
     check_weights(folder)
-    with without_progress_bars():
-        loaded: Any = LotlipModel.from_pretrained(
-            folder, output_loading_info=True, trust_remote_code=False, weights_only=True, dtype=torch.float32
-        )
-    model, info = loaded
-    mismatches = {
-        kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
-    }
-    if mismatches:
+    options: dict[str, Any] = {"weights_only": True, "dtype": torch.float32, "output_loading_info": True}
+    try:
+        with without_progress_bars(), without_warnings():  # what they say is in the error below
+            loaded: Any = LotlipModel.from_pretrained(
+                folder, trust_remote_code=False, ignore_mismatched_sizes=True, **options
+            )
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # transformers and torch raise many types on a value that a configuration cannot have
+        reason = shorten(f"{type(error).__name__}: {error}", 400, placeholder=" …")
         raise ValueError(
-            f"the weights in {folder} do not match its config.json: {mismatches}; restore the files of one model"
-        )
+            f"the model in {folder} cannot be built from its config.json, or its weights cannot be read ({reason}); "
+            "restore the files of one model"
+        ) from error
+    model, info = loaded
+    if wrong := wrong_weights(info):
+        raise ValueError(f"the weights in {folder} do not fit its config.json: {wrong}; restore the files of one model")
     check_finite(model.named_parameters(), f"in {folder}")
     config = model.config
     ends = as_sentence_ends(config.sentence_ends, str(folder / "config.json"))
