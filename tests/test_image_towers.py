@@ -160,6 +160,25 @@ def save_transformers(kind: str, folder: Path) -> tuple[Any, Any]:
     return model, processor
 
 
+def test_a_siglip_without_attention_pooling_needs_another_pooling(tmp_path: Path) -> None:
+    model, _ = save_transformers("siglip", tmp_path)
+    model.config.vision_config.vision_use_head = False
+    headless = randomise(SiglipModel(model.config))
+    headless.save_pretrained(tmp_path)
+    settings: dict[str, Any] = {"kind": "transformers", "model": str(tmp_path)}
+    with pytest.raises(
+        ValueError, match=r"no attention pooling \(vision_use_head is false\).*image_tower\.pooling: mean"
+    ):
+        transformers_tower(TransformersTowerConfig(**settings))
+    with pytest.raises(ValueError, match="no attention pooling"):
+        transformers_tower(TransformersTowerConfig(**settings, pooling="map"))
+    tower = transformers_tower(TransformersTowerConfig(**settings, pooling="mean"))
+    inputs = pixels(tower, (40, 40))
+    with torch.inference_mode():
+        hidden = headless.vision_model(inputs).last_hidden_state
+        torch.testing.assert_close(tower(inputs), hidden.mean(dim=1), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2", "dinov2-registers", "dinov3", "dinov3-convnext"])
 def test_a_transformers_tower_equals_transformers(kind: str, tmp_path: Path) -> None:
     model, processor = save_transformers(kind, tmp_path / "model")

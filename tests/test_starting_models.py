@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, SiglipConfig, SiglipModel
 
 from lotlip.data.plain_tokenizer import open_tokenizer
 from lotlip.importing import openai
@@ -233,6 +233,15 @@ def test_missing_and_unexpected_weights_are_listed(tmp_path: Path) -> None:
     save_file(weights | {"extra.weight": torch.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"missing keys: text_projection\.weight; unexpected keys: extra\.weight"):
         open_start(str(folder)).read_weights()
+
+
+def test_a_siglip_without_attention_pooling_cannot_be_a_starting_model(tmp_path: Path) -> None:
+    folder = save_siglip(tmp_path / "theirs")
+    config = SiglipConfig.from_pretrained(folder)
+    config.vision_config.vision_use_head = False
+    SiglipModel(config).save_pretrained(folder)
+    with pytest.raises(ValueError, match="has no attention pooling"):
+        open_start(str(folder)).build()
 
 
 def test_padding_that_a_tokenizer_file_remembers_has_no_effect(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ class TransformersTower(ImageTower):
             projection `projection_dim`.
 
     Raises:
-        ValueError: the model type is not one of `TYPES`, or the configuration is not valid.
+        ValueError: the model type is not one of `TYPES`, the configuration is not valid, or the model lacks the spec's
+            pooling.
     """
 
     def __init__(self, spec: ImageTowerSpec) -> None:
@@ -33,6 +34,11 @@ class TransformersTower(ImageTower):
         attention = None if config.model_type == "dinov3_convnext" else "sdpa"
         trunk: Any = AutoModel.from_config(config, attn_implementation=attention, trust_remote_code=False)
         super().__init__(spec, trunk)
+        if config.model_type == SIGLIP and spec.pooling == "model" and not self.has_attention_pool:
+            raise ValueError(
+                f"this {spec.model} has no attention pooling (vision_use_head is false), so it has no feature of a "
+                "whole image; use it as an image tower with image_tower.pooling: mean"
+            )
         dimension = spec.kwargs.get("projection_dim")
         self.proj = nn.Linear(config.hidden_size, dimension, bias=False) if dimension else None
         # transformers stretches DINO's positions by itself
