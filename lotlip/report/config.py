@@ -249,7 +249,9 @@ def declaration_problems(
                 if not _is_number(value)
                 if key not in (SAMPLES, SHORT_SHARE) or value is not None
             ]
-        places = {name: [settings[name].get(key) for key in figure.x] for name in drawn if name in settings}
+        places: dict[str, list[Any]] = {
+            name: [settings[name].get(key) for key in figure.x] for name in drawn if name in settings
+        }
         problems += [
             f"{place}.figure.x_scale: log shows only values above 0, but {' + '.join(figure.x)} is {sum(values)} in "
             f"ablation {name}; leave the ablation out, or use linear"
