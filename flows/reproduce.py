@@ -1,11 +1,19 @@
-"""Runs the whole pipeline with `dvc repro` and one Prefect server, and prints the location of the report."""
+"""Runs the whole pipeline with `dvc repro` and one Prefect server, and prints the location of the report.
+
+python -m flows.reproduce            the ablations of `reproduce` in params.yaml, and a report (`make reproduce`)
+python -m flows.reproduce --all      all ablations (`make reproduce-all`)
+python -m flows.reproduce STAGE…     some stages, such as evaluate@lit report, and those that they depend on
+python -m flows.reproduce --dry …    shows the stages that would run
+
+Other options are passed to `dvc repro`; `dvc repro --help` lists them.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,7 +34,7 @@ from lotlip.evaluate.config import baseline_hashes
 from lotlip.evaluate.records import BASELINE_SCORES, BASELINES, Baselines
 from lotlip.report.stored import FINDINGS, STORED_RESULTS, table_hash
 
-PULL = "--pull"  # option of `dvc repro`
+PULL, DRY, HELP = "--pull", "--dry", ("-h", "--help")  # options of `dvc repro`
 REPRODUCTION = SCRATCH / "reproduce.json"
 
 
@@ -47,6 +55,8 @@ class Reproduction(Record):
 def reproduce(params: Params, runs: Sequence[Sequence[str]], pull: bool = False) -> None:
     """Runs `dvc repro`, with a Prefect server unless PREFECT_API_URL names one. Starts no process if nothing is stale.
 
+    With `--dry`, DVC only shows the stages that would run, and no server starts.
+
     Args:
         params: params.yaml of the project.
         runs: arguments of each `dvc repro`; they run one after another.
@@ -61,21 +71,29 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]], pull: bool = False)
     check_inputs(params.inputs())
     if not params.caption.captioners:
         make_captions(params.paths.captions)
-    remove_outdated_baselines(params)
-    remove_outdated_report(params)
-    started = time.time()
+    if not (dry := any(DRY in run for run in runs)):
+        remove_outdated_baselines(params)
+        remove_outdated_report(params)
+    started, records = time.time(), _stage_records(params)
     # so that `python` in dvc.yaml is this interpreter
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     if current := is_up_to_date(runs):
         print("Nothing has changed since the last run.")
-    status = 0 if current else _run(runs, params.compute.parallel_stages, pull)
+    parallel = params.compute.parallel_stages
+    status = 0 if current else _repro(runs, os.environ) if dry else _run(runs, parallel, pull)
     seconds = time.time() - started
     if status:
         raise StageFailed("a stage failed (see above); fix the cause and run again: finished units are kept")
-    if not current:
-        parallel = params.compute.parallel_stages
+    if dry:
+        return
+    if _stage_records(params) != records:  # a stage ran
         Reproduction(started=started, seconds=seconds, parallel_stages=parallel).write(REPRODUCTION)
     print(closing_message(params, seconds))
+
+
+def _stage_records(params: Params) -> dict[Path, int]:
+    """Every stage's record of its last run, and when it was written."""
+    return {record: record.stat().st_mtime_ns for record in params.paths.stages.glob("*.json")}
 
 
 def make_captions(folder: Path) -> None:
@@ -163,8 +181,12 @@ def _run(runs: Sequence[Sequence[str]], parallel: int, pull: bool) -> int:
             print_prefect(port, login)
         if parallel > 1 and (stages := plan(runs)):
             return run_stages(stages, parallel, environment, pull)
-        options = [PULL] if pull else []
-        return next(filter(None, (run_dvc(["repro", *options, *run], environment) for run in runs)), 0)
+        return _repro([[PULL, *run] for run in runs] if pull else runs, environment)
+
+
+def _repro(runs: Sequence[Sequence[str]], environment: Mapping[str, str]) -> int:
+    """Runs each `dvc repro` up to the first that fails, and returns its exit status, or 0."""
+    return next(filter(None, (run_dvc(["repro", *run], environment) for run in runs)), 0)
 
 
 def dvc_runs(params: Params, arguments: list[str]) -> list[list[str]]:
@@ -207,9 +229,12 @@ def closing_message(params: Params, seconds: float) -> str:
 
 
 if __name__ == "__main__":
+    given = sys.argv[1:]
+    if any(argument in HELP for argument in given):
+        print(__doc__)
+        sys.exit()
     try:
         settings = load_params()
-        given = sys.argv[1:]
         if given and not any(argument.startswith("-") for argument in given):
             check_targets(given)
         reproduce(settings, dvc_runs(settings, given))

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from flows.reproduce import reproduce
 from flows.runtime.dvc import is_up_to_date, remove_partial_copies, remove_stale_lock, running
+from lotlip.config.params import load_params
 from lotlip.core.files import ForeignFileError
 from tests.workspace import ROOT
 
@@ -423,6 +425,44 @@ def test_a_reproduction_without_stale_stages_imports_no_heavy_package(project):
     page.touch()
     assert str(page) in run(project, "-c", REPRODUCE).stdout
     assert not (project / ".lotlip" / "reproduce.json").exists()  # the record of the last run that ran a stage
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_is_printed_before_anything_is_read_or_started(project, option):
+    output = run(project, "-m", "flows.reproduce", option).stdout  # there is no params.yaml
+    assert "python -m flows.reproduce --all " in output and "`dvc repro --help`" in output
+    assert "Done in" not in output and not (project / ".lotlip").exists()
+
+
+@pytest.mark.integration
+def test_a_dry_run_shows_stale_stages_and_starts_no_server(project):
+    shutil.copy(ROOT / "params.yaml", project)
+    (project / "lotlip").symlink_to(ROOT / "lotlip")
+    run(project, "-m", "dvc", "repro")
+    before = (project / "o1").read_text()
+    (project / "o0").write_text("1")
+    output = run(project, "-m", "flows.reproduce", "--dry", "s2").stdout
+    assert "Running stage 's1'" in output and "s3" not in output
+    assert "Prefect" not in output and "Done in" not in output
+    assert (project / "o1").read_text() == before and not (project / ".lotlip" / "reproduce.json").exists()
+
+
+@pytest.mark.parametrize("ran", [True, False])
+def test_only_a_run_that_ran_a_stage_is_recorded(tmp_path, monkeypatch, ran):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # which `reproduce` changes
+    params = load_params(ROOT / "params.yaml")
+    records = params.paths.stages
+    records.mkdir(parents=True)
+    (records / "ingest.json").touch()
+    os.utime(records / "ingest.json", (1, 1))
+    monkeypatch.setattr("flows.reproduce.check_watched_parameters", lambda params: None)
+    monkeypatch.setattr("flows.reproduce.check_inputs", lambda inputs: None)
+    monkeypatch.setattr("flows.reproduce.is_up_to_date", lambda runs: False)
+    monkeypatch.setattr("flows.reproduce._run", lambda *_: ran and (records / "shard.json").touch())
+    reproduce(params, [["--glob", "nothing"]])
+    assert Path(".lotlip/reproduce.json").exists() == ran
 
 
 @pytest.mark.integration
