@@ -11,7 +11,7 @@ from pathlib import Path
 from lotlip.config.outputs import is_scores, is_stage_record, is_summary
 from lotlip.config.params import Params, load_params
 from lotlip.core.caches import lock
-from lotlip.core.console import explain
+from lotlip.core.console import answer_help, explain
 from lotlip.core.files import ASIDE, PARTIAL, RECORD, SCRATCH, recover, remove, remove_listed
 from lotlip.core.paths import Paths
 from lotlip.evaluate.records import BASELINES
@@ -91,6 +91,7 @@ def _remaining_files(path: Path) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
+    answer_help(__doc__)
     try:
         for line in clean(load_params()):
             print(line)

@@ -32,6 +32,7 @@ from prefect.workers.utilities import (
 
 from flows.pool import WORKER_DIED, reproduce_on_pool, trial_on_pool
 from flows.runtime.scratch import EXPECTED
+from lotlip.core.console import answer_help
 from lotlip.core.section import ConfigError, nearest
 from lotlip.core.yaml import read_yaml
 
@@ -194,6 +195,7 @@ def main(repository: str, branch: str, *pools: str) -> None:
 
 
 if __name__ == "__main__":
+    answer_help(__doc__)
     if len(sys.argv) < 3:
         sys.exit("usage: python -m flows.deploy REPOSITORY BRANCH [POOL=TYPE[:FILE]…]")
     try:

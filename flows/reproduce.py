@@ -25,7 +25,7 @@ from flows.runtime.scratch import EXPECTED, SCRATCH, StageFailed
 from flows.runtime.servers import listen_for, new_login, port_at, prefect_client, prefect_server, print_prefect
 from flows.runtime.supervisor import exit_on_signals
 from lotlip.config.params import Params, load_params
-from lotlip.core.console import INTERRUPTED
+from lotlip.core.console import INTERRUPTED, answer_help
 from lotlip.core.cores import CORES, available_cores
 from lotlip.core.files import read_json, remove_listed
 from lotlip.core.record import Record
@@ -34,7 +34,7 @@ from lotlip.evaluate.config import baseline_hashes
 from lotlip.evaluate.records import BASELINE_SCORES, BASELINES, Baselines
 from lotlip.report.stored import FINDINGS, STORED_RESULTS, table_hash
 
-PULL, DRY, HELP = "--pull", "--dry", ("-h", "--help")  # options of `dvc repro`
+PULL, DRY = "--pull", "--dry"  # options of `dvc repro`
 REPRODUCTION = SCRATCH / "reproduce.json"
 
 
@@ -229,12 +229,10 @@ def closing_message(params: Params, seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    given = sys.argv[1:]
-    if any(argument in HELP for argument in given):
-        print(__doc__)
-        sys.exit()
+    answer_help(__doc__)
     try:
         settings = load_params()
+        given = sys.argv[1:]
         if given and not any(argument.startswith("-") for argument in given):
             check_targets(given)
         reproduce(settings, dvc_runs(settings, given))

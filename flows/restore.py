@@ -11,6 +11,7 @@ import sys
 from flows.runtime.scratch import StageFailed
 from flows.runtime.stage import EXPECTED, configure_tracebacks
 from lotlip.config.params import load_params
+from lotlip.core.console import answer_help
 from lotlip.evaluate.records import AblationScores
 from lotlip.pretrain.records import RUN, Run
 
@@ -52,6 +53,7 @@ def restore() -> list[str]:
 
 
 if __name__ == "__main__":
+    answer_help(__doc__)
     try:
         print(f"MLflow has {len(restore())} ablations; `make ui` shows them")
     except EXPECTED as error:

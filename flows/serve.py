@@ -14,7 +14,7 @@ from flows.deployments import deployments
 from flows.runtime.stage import EXPECTED
 from flows.runtime.supervisor import exit_on_signals
 from flows.ui import serve_uis
-from lotlip.core.console import INTERRUPTED
+from lotlip.core.console import INTERRUPTED, answer_help
 
 
 def main() -> None:
@@ -26,6 +26,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    answer_help(__doc__)
     try:
         main()
     except EXPECTED as error:

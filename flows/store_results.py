@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flows.runtime.scratch import EXPECTED, StageFailed
 from lotlip.config.params import Params, load_params
+from lotlip.core.console import answer_help
 from lotlip.report.stored import add_rows, rows_of_run
 
 
@@ -39,6 +40,7 @@ def store(params: Params, path: Path | None = None) -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    answer_help(__doc__)
     try:
         if len(sys.argv) > 2:
             raise StageFailed("give one file, or none for report.stored_results")

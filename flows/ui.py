@@ -21,7 +21,7 @@ from flows.runtime.servers import (
 from flows.runtime.stage import EXPECTED
 from flows.runtime.supervisor import exit_on_signals
 from lotlip.config.params import load_params
-from lotlip.core.console import INTERRUPTED
+from lotlip.core.console import INTERRUPTED, answer_help
 from lotlip.tracking.mlflow import Tracker
 
 
@@ -64,6 +64,7 @@ def show() -> None:
 
 
 if __name__ == "__main__":
+    answer_help(__doc__)
     try:
         show()
     except EXPECTED as error:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from flows.runtime.scratch import EXPECTED, StageFailed
 from lotlip.config.params import Params, load_params
+from lotlip.core.console import answer_help
 from lotlip.data.remote_shards import upload
 
 
@@ -41,6 +42,7 @@ def upload_shards(params: Params, url: str | None, say: Callable[[str], object] 
 
 
 if __name__ == "__main__":
+    answer_help(__doc__)
     try:
         if len(sys.argv) > 2:
             raise StageFailed("give one address, or none for compute.training.remote_shards.url")

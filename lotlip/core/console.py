@@ -24,6 +24,13 @@ def escape_unprintable() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def answer_help(doc: str | None) -> None:
+    """Prints a program's docstring and ends the program if its arguments ask for help."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(doc)
+        sys.exit()
+
+
 def exit_on_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Ends a program after Ctrl-C with one line instead of a traceback; for `sys.excepthook`."""
     if not issubclass(kind, KeyboardInterrupt):
