@@ -24,12 +24,15 @@ from flows.runtime.lanes import run_stages
 from flows.runtime.scratch import EXPECTED, SCRATCH, StageFailed
 from flows.runtime.servers import listen_for, new_login, port_at, prefect_client, prefect_server, print_prefect
 from flows.runtime.supervisor import exit_on_signals
+from lotlip.config.outputs import is_stage_record
 from lotlip.config.params import Params, load_params
 from lotlip.core.console import INTERRUPTED, answer_help
 from lotlip.core.cores import CORES, available_cores
-from lotlip.core.files import read_json, remove_listed
+from lotlip.core.files import read_json, remove, remove_listed
 from lotlip.core.record import Record
+from lotlip.data.models import local_hashes
 from lotlip.data.paths import check_inputs
+from lotlip.data.stage_record import STARTING_MODELS
 from lotlip.evaluate.config import baseline_hashes
 from lotlip.evaluate.records import BASELINE_SCORES, BASELINES, Baselines
 from lotlip.report.stored import FINDINGS, STORED_RESULTS, table_hash
@@ -72,6 +75,7 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]], pull: bool = False)
     if not params.caption.captioners:
         make_captions(params.paths.captions)
     if not (dry := any(DRY in run for run in runs)):
+        remove_outdated_records(params)
         remove_outdated_baselines(params)
         remove_outdated_report(params)
     started, records = time.time(), _stage_records(params)
@@ -104,6 +108,33 @@ def make_captions(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not any(folder.iterdir()):
         (folder / ".gitkeep").touch()
+
+
+def remove_outdated_records(params: Params) -> bool:
+    """Removes the record of each stage whose starting model has changed since, so that DVC runs the stage again.
+
+    DVC cannot watch the model: dvc.yaml cannot name a path that may be null. The trained models stay until new ones
+    replace them.
+
+    Args:
+        params: params.yaml of the project.
+
+    Returns:
+        Whether there was one. `dvc repro --pull` would pull it instead of running the stage.
+    """
+    files = [
+        file for name in ("image-tower", "pretrain-*") for file in sorted(params.paths.stages.glob(f"{name}.json"))
+    ]
+    used = {file: read_json(file).get("notes", {}).get(STARTING_MODELS, {}) for file in files if is_stage_record(file)}
+    hashes = local_hashes({name for models in used.values() for name in models})
+    outdated = False
+    for file, models in used.items():
+        changed = [name for name, value in models.items() if hashes.get(name, value) != value]
+        if changed:
+            print(f"{', '.join(changed)} has changed, so {file.stem} runs again.")
+            remove(file, ours=is_stage_record)
+            outdated = True
+    return outdated
 
 
 def remove_outdated_baselines(params: Params) -> None:

@@ -25,9 +25,11 @@ from typing import IO, TYPE_CHECKING, Any
 import psutil
 
 from flows.runtime.supervisor import END_SIGNALS, group
+from lotlip.config.params import load_params
 from lotlip.core.console import INTERRUPTED
 from lotlip.core.files import remove
 from lotlip.core.section import ConfigError, nearest
+from lotlip.data.models import local_model
 
 if TYPE_CHECKING:
     from dvc.output import Output
@@ -268,14 +270,15 @@ def cache_trainings() -> None:
     """Lets DVC's run cache hold trainings.
 
     DVC leaves out stages with outputs that persist, which all stages here have. But what a training writes depends only
-    on what DVC watches. Other stages stay left out: some depend on files that DVC cannot watch (flows.reproduce).
+    on what DVC watches, unless it starts from a model on this machine. Other stages stay left out: some depend on files
+    that DVC cannot watch (flows.reproduce).
     """
     from dvc.stage import cache
 
     can_hash = cache._can_hash
 
     def can_hash_trainings(stage: Stage) -> bool:
-        if not stage.addressing.startswith(TRAININGS):
+        if not stage.addressing.startswith(TRAININGS) or _starts_from_files(stage):
             return can_hash(stage)
         persisting = [out for out in stage.outs if out.persist]
         try:
@@ -287,6 +290,13 @@ def cache_trainings() -> None:
                 out.persist = True
 
     cache._can_hash = can_hash_trainings
+
+
+def _starts_from_files(stage: Stage) -> bool:
+    """Returns whether a training starts from a model that no stage wrote for it."""
+    kind, _, ablation = stage.addressing.partition("@")
+    model = load_params().ablation(ablation).text.pretrained
+    return kind == "pretrain" and bool(model and local_model(model))
 
 
 def leave_out_push_advice() -> None:

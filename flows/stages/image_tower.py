@@ -9,6 +9,7 @@ from prefect import flow
 from flows.runtime.stage import Stage, main
 from lotlip.config.params import load_params
 from lotlip.data.models import local_hashes
+from lotlip.data.stage_record import STARTING_MODELS
 from lotlip.image_tower.config import StartTowerConfig
 from lotlip.models.vision.spec import START
 
@@ -20,7 +21,9 @@ def image_tower() -> None:
     config = params.image_tower
     start = params.pretrain.start if isinstance(config, StartTowerConfig) else None
     settings = config.model_dump(mode="json") | ({"start": start} if start else {})
-    stage = Stage("image-tower", params, settings, local_hashes([start] if start else []))
+    named = [start] if start else [getattr(config, key, None) for key in ("model", "checkpoint")]
+    models = local_hashes(str(name) for name in named if name)
+    stage = Stage("image-tower", params, settings, models)
     with stage.clock.measure("imports"):
         import torch
 
@@ -62,7 +65,8 @@ def image_tower() -> None:
 
         checks = gate_image_tower(config, result.accuracy, features, stage.gate_report)
     stage.publish(params.paths.image_tower)
-    stage.record(result.samples, checks, notes={f"accuracy.{name}": value for name, value in result.accuracy.items()})
+    notes = {f"accuracy.{name}": value for name, value in result.accuracy.items()}
+    stage.record(result.samples, checks, notes={**notes, STARTING_MODELS: models})
 
 
 if __name__ == "__main__":

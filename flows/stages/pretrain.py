@@ -20,7 +20,9 @@ from lotlip.config.params import load_params
 from lotlip.core.code import code_hash
 from lotlip.core.files import Damaged, atomic_write, check_model, sha256_json, sha256_tree, weights_hash
 from lotlip.data.index import INDEX_FILE, ShardIndex, read_index
+from lotlip.data.models import local_hashes
 from lotlip.data.remote_shards import check_same
+from lotlip.data.stage_record import STARTING_MODELS
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.job import Job, Timing
 from lotlip.pretrain.order import subset_counts
@@ -45,6 +47,8 @@ def pretrain(ablation: str) -> None:
     inputs = {"shards": data, "image_tower": hash_of(paths.image_tower / "model.safetensors")}
     starts = starting_weights(config)
     stage = Stage("pretrain", params, config.recipe(), {**inputs, **starts}, ablation)
+    # DVC watches the model that an ablation of `finetune` starts from
+    models = local_hashes([config.text.pretrained or ""] if ablation in params.ablations else [])
     for warning in params.warnings:
         if config.text.pretrained and warning.startswith(f"text.pretrained {config.text.pretrained} "):
             stage.log.warning("pretrain-%s: %s", ablation, warning)
@@ -135,7 +139,7 @@ def pretrain(ablation: str) -> None:
     stage.record(
         per_seed * len(config.seeds),
         checks,
-        notes={"epochs": per_seed / samples},
+        notes={"epochs": per_seed / samples, STARTING_MODELS: models},
         processed=per_seed * len(job.seeds),
     )
 

@@ -27,6 +27,7 @@ from flows.sweep.workspaces import Experiment, Snapshot
 from lotlip.config.params import Params
 from lotlip.core.caches import private_folder
 from lotlip.core.code import code_hash
+from lotlip.core.files import sha256_tree
 from lotlip.core.loopback import HOST
 from lotlip.core.stages import STAGES
 from lotlip.data.stage_record import StageRecord
@@ -89,12 +90,20 @@ class TrialRunner(ABC):
             "image_tower": hash_of(params.paths.image_tower / "model.safetensors"),
             "code": code_hash(*STAGES),
         }
+        self._hashes: dict[Path, str] = {}
         self._start, self._started_trials = time.monotonic(), set[str]()
         self._stopping, self._lock = Event(), Lock()
 
     def experiment(self, trial: Trial) -> Experiment:
         """Returns a trial's experiment, which may not exist yet."""
-        return Experiment(self.snapshot.root, trial.experiment(self.inputs))
+        files = {key: self._hash(path) for key, path in trial.unwatched_inputs()}
+        return Experiment(self.snapshot.root, trial.experiment({**self.inputs, **files}))
+
+    def _hash(self, path: Path) -> str:
+        """Returns the hash of a file or folder, which is read once in a sweep."""
+        if path not in self._hashes:
+            self._hashes[path] = sha256_tree(path)
+        return self._hashes[path]
 
     def run(self, trial: Trial) -> Outcome:
         """Runs a trial, unless it is finished or the budget is spent.

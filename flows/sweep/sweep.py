@@ -28,7 +28,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_U
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import ValidationError
 
-from flows.reproduce import PULL
+from flows.reproduce import PULL, remove_outdated_records
 from flows.runtime.fork_server import SOCKET, fork_server
 from flows.runtime.scratch import SCRATCH, StageFailed
 from flows.runtime.servers import (
@@ -87,19 +87,21 @@ def sweep(settings: Sweep) -> None:
     grid = make_grid(settings, params)
     check_inputs(params.inputs())
     log.info("sweep %s: %d trials", settings.name, len(grid))
+    outdated = remove_outdated_records(params)
     environment = _environment()
+    unwatched = set[str]().union(*(trial.unwatched_stages() for trial in grid))
     with ExitStack() as stack:
         runner: TrialRunner
         if settings.pool:
             deployment = find_deployment(settings.pool, log.warning)
             check_remotes(root)
-            _update_data(environment, pull=True)
-            snapshot = Snapshot.take(root)
+            _update_data(environment, pull=not outdated)
+            snapshot = Snapshot.take(root, unwatched)
             commit = publish(snapshot, params, settings.name, environment)
             runner = PoolRunner(settings, params, snapshot, flow_run_address(), deployment, commit)
         else:
             _update_data(environment)
-            snapshot = Snapshot.take(root)
+            snapshot = Snapshot.take(root, unwatched)
             runner = LocalRunner(settings, params, snapshot, flow_run_address(), environment)
             stack.enter_context(_fork_server_for(runner, grid))
         stack.callback(runner.stop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -116,6 +117,18 @@ class Trial:
     def identity(self) -> dict[str, Any]:
         """All settings that decide its result; equal for equivalent trials."""
         return {**self.params.decisive_sections(), "pretrain": self.params.ablation(self.base).effective()}
+
+    def unwatched_inputs(self) -> list[tuple[str, Path]]:
+        """Returns the files and folders that decide its result, but that DVC does not watch, with their keys.
+
+        These are starting models and published benchmarks: dvc.yaml cannot name a path that may be null.
+        """
+        unwatched = ("pretrain.", "evaluate.benchmarks.")
+        return [(key, path) for key, path in self.params.inputs() if key.startswith(unwatched) and path.exists()]
+
+    def unwatched_stages(self) -> set[str]:
+        """Returns the names of the stages that read them."""
+        return {f"{key.partition('.')[0]}@{self.base}" for key, _ in self.unwatched_inputs()}
 
     def experiment(self, inputs: Mapping[str, str]) -> str:
         """Returns the name of its DVC experiment, independent of the sweep; it changes with settings, data and code.

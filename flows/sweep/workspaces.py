@@ -12,12 +12,14 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import IO, Any, TypeVar
+
+import yaml
 
 from flows.runtime.git import run_git
 from flows.runtime.scratch import SCRATCH, StageFailed
@@ -26,7 +28,7 @@ from lotlip.core.files import atomic_write, move, remove
 from lotlip.core.record import as_record
 from lotlip.core.section import flatten
 from lotlip.core.temporary import temporary_folder
-from lotlip.core.yaml import parse_yaml
+from lotlip.core.yaml import parse_yaml, read_yaml
 
 CODE = ("flows", "lotlip", "dvc.yaml", "dvc.lock", "params.yaml", ".dvcignore", ".dvc/config")
 IDENTITY = {  # experiments are commits, which need an author
@@ -59,8 +61,12 @@ class Snapshot:
     cache: Path
 
     @classmethod
-    def take(cls, root: Path) -> Snapshot:
+    def take(cls, root: Path, unlocked: Collection[str] = ()) -> Snapshot:
         """Takes a snapshot of all tracked files, and of untracked code and configuration.
+
+        Args:
+            root: the project's folder.
+            unlocked: stages that its dvc.lock does not have, so that DVC runs them whatever the project has run.
 
         Raises:
             StageFailed: there is no commit.
@@ -74,6 +80,14 @@ class Snapshot:
             _git(root, "read-tree", "HEAD", **environment)
             _git(root, "add", "--update", **environment)
             _git(root, "add", "--all", "--", *(name for name in CODE if (root / name).exists()), **environment)
+            lock = root / "dvc.lock"
+            if unlocked and lock.is_file():
+                content = read_yaml(lock)
+                stages = {name: stage for name, stage in content["stages"].items() if name not in unlocked}
+                changed = temporary / "dvc.lock"
+                changed.write_text(yaml.safe_dump(content | {"stages": stages}, sort_keys=False), encoding="utf-8")
+                blob = _git(root, "hash-object", "-w", str(changed)).strip()
+                _git(root, "update-index", "--cacheinfo", f"100644,{blob},dvc.lock", **environment)
             tree = _git(root, "write-tree", **environment).strip()
         from dvc.repo import Repo
 

@@ -240,8 +240,9 @@ class Params(Section):
     def inputs(self) -> Iterator[tuple[str, Path]]:
         """The user's files and folders that stages read, each with its key in params.yaml."""
         yield from self.ingest.inputs()
-        if self.pretrain.start and Path(self.pretrain.start).exists():
-            yield "pretrain.start", Path(self.pretrain.start)
+        for key, name in (("start", self.pretrain.start), ("text.pretrained", self.pretrain.text.pretrained)):
+            if name and (path := local_model(name)) and self.paths.models not in path.parents:
+                yield f"pretrain.{key}", path
         for name, captioner in self.caption.captioners.items():
             yield f"caption.captioners.{name}.path", captioner.path
         for name, benchmark in self.evaluate.benchmarks.items():

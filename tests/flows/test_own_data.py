@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lotlip.core.files import sha256_tree
 from lotlip.demo.questions import long_text
 from lotlip.demo.world import generate_scene, render, short_caption
 from tests.tiny_baselines import save_clip
@@ -45,5 +46,7 @@ def test_one_command_configures_own_data(make_workspace, tmp_path):
     (start,) = json.loads((folder / "metrics" / "baselines" / "scores.json").read_text())["models"]
     assert {"short.text_to_image.r1", "long.text_to_image.r1"} <= trained.keys()
     assert start["model"] == "start"
+    tower = json.loads((folder / "metrics" / "stages" / "image-tower.json").read_text())
+    assert tower["notes"]["starting_models"] == {str(tmp_path / "clip"): sha256_tree(tmp_path / "clip")}
     kinds = json.loads((folder / "metrics" / "stages" / "shard.json").read_text())["notes"]["separation"]
     assert kinds["pictures"] >= 50

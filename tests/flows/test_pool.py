@@ -112,6 +112,16 @@ def test_a_snapshot_is_published_once_with_what_is_not_committed(project: Path, 
     assert not git(project, "log", "--oneline", "--grep=Snapshot")
 
 
+def test_a_snapshot_does_not_tell_dvc_that_some_stages_have_run(project: Path):
+    lock = {"schema": "2.0", "stages": {name: {"cmd": "true"} for name in ("shard", "pretrain@a", "evaluate@a")}}
+    (project / "dvc.lock").write_text(yaml.safe_dump(lock))
+    tree = Snapshot.take(project, {"pretrain@a", "evaluate@a", "evaluate@b"}).tree
+    expected = lock | {"stages": {"shard": {"cmd": "true"}}}
+    assert yaml.safe_load(git(project, "show", f"{tree}:dvc.lock")) == expected
+    assert yaml.safe_load((project / "dvc.lock").read_text()) == lock
+    assert "steps: 6" in git(project, "show", f"{tree}:params.yaml")
+
+
 def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> list[list[str]]:
     """Enters a worker's clone, in which a shell script takes the place of training; returns the calls of DVC."""
     folder = tmp_path / "clone"
@@ -377,20 +387,30 @@ def test_trainings_are_restored_from_the_run_cache_and_other_stages_are_not(
     stages: dict[str, Any] = {}
     for name, one in (("pretrain", "models"), ("score", "scores")):
         stages[name] = {
-            "foreach": ["a"],
+            "foreach": ["a", "b"],
             "do": {
-                "cmd": f"echo {name} >>log && mkdir -p {one} && cp data {one}/${{item}}",
+                "cmd": f"echo {name}-${{item}} >>log && mkdir -p {one}/${{item}} && cp data {one}/${{item}}",
                 "deps": ["data"],
-                "outs": [{one: {"persist": True}}],
+                "outs": [{f"{one}/${{item}}": {"persist": True}}],
             },
         }
     Path("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    Path("mine").mkdir()
+    ablations = {"a": {}, "b": {"text": {"pretrained": "mine"}}}
+    source = {"kind": "folder", "path": "images"}
+    params = {"ingest": {"source": source}, "image_tower": {"kind": "packaged"}, "ablations": ablations}
+    params |= {
+        "pretrain": {"long_texts": {"sub_captions": 0}},
+        "evaluate": {"benchmarks": {"own": {"kind": "held-out"}}},
+    }
+    Path("params.yaml").write_text(yaml.safe_dump(params))
     with Repo.init(no_scm=True) as repo:
         for content in ("old", "new", "old"):
             Path("data").write_text(content)
             repo.reproduce()
-            assert Path("models/a").read_text() == content
-        assert Path("log").read_text().split() == ["pretrain", "score"] * 2 + ["score"]
+            assert Path("models/a/data").read_text() == content
+        ran = Path("log").read_text().split()
+        assert {name: ran.count(name) for name in ran} == {"pretrain-a": 2, "pretrain-b": 3, "score-a": 3, "score-b": 3}
         assert all(out.persist for stage in repo.index.stages for out in stage.outs)
 
 

@@ -1,8 +1,9 @@
-"""Adding a seed trains only that seed, and removing one trains nothing."""
+"""Seeds are trained once: neither another seed nor a removed one, but another starting model, trains them again."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -60,3 +61,28 @@ def test_a_seed_is_trained_once(make_workspace: Callable[[], Workspace]) -> None
         assert f"pretrain-{name}: reusing trained seeds: 1" in output
         assert ": step" not in output
     assert models(workspace) == {name: weights for name, weights in both.items() if name.endswith("seed-1")}
+
+
+def test_an_ablation_is_trained_again_after_its_starting_model_was_replaced(
+    make_workspace: Callable[[], Workspace],
+) -> None:
+    workspace = make_workspace()
+    workspace.change(two_ablations)
+    folder = workspace.folder
+    workspace.run("dvc", "repro", "--quiet", "pretrain@lotlip", "finetune@longer")
+    shutil.copytree(folder / "models" / "lotlip" / "seed-0", folder / "mine")
+    tokenizer = (folder / "mine").as_posix()
+    workspace.change(
+        lambda params: params["ablations"].update(own={"text": {"pretrained": "mine", "tokenizer": tokenizer}})
+    )
+    outputs = []
+    for changed in (False, False, True):
+        if changed:
+            shutil.copytree(folder / "models" / "longer" / "seed-0", folder / "mine", dirs_exist_ok=True)
+        done = workspace.python("flows.reproduce", "pretrain@own")
+        outputs.append(done.stdout + done.stderr)
+    first, second, third = outputs
+    assert "own seed 0: step" in first
+    assert "Nothing has changed" in second
+    assert "mine has changed, so pretrain-own runs again." in third
+    assert "own seed 0: step" in third

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flows.reproduce import remove_outdated_records
 from flows.runtime import stage as stages
 from flows.runtime.edits import parameters
 from flows.runtime.fork_server import SOCKET
@@ -24,7 +25,10 @@ from lotlip.core.caches import Locked
 from lotlip.core.files import RECORD, Damaged, ForeignFileError
 from lotlip.core.section import ConfigError
 from lotlip.core.stages import STAGES
+from lotlip.data.models import local_hashes
 from lotlip.data.records import NonRetryableError, UnitReport
+from lotlip.data.stage_record import STARTING_MODELS, StageRecord
+from tests.test_record import STAGE
 from tests.workspace import Workspace
 
 ROOT = Path(__file__).parents[2]
@@ -431,6 +435,32 @@ def test_parameters_are_those_of_the_item(monkeypatch: pytest.MonkeyPatch) -> No
     found = parameters("pretrain", "long-clip")
     assert found["ablations.long-clip"] is None and found["finetune.long-clip"]["init_from"] == "lit"
     assert parameters("pretrain", "lotlip-m4")["ablations.lotlip-m4"] == {"text": {"corner_tokens": 4}}
+
+
+def test_a_stage_runs_again_after_its_starting_model_was_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = load_params(ROOT / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    weights = Path("mine/model.safetensors")
+    weights.write_text("old")
+    from_mine = {"notes": {STARTING_MODELS: local_hashes(["mine"])}}
+    records = {"image-tower": from_mine, "pretrain-a": from_mine, "pretrain-b": {}}
+    for name, more in records.items():
+        StageRecord.model_validate(STAGE | more).write(params.paths.stages / f"{name}.json")
+
+    def kept() -> set[str]:
+        remove_outdated_records(params)
+        return {file.stem for file in params.paths.stages.iterdir()}
+
+    assert kept() == set(records)
+    assert not capsys.readouterr().out
+    weights.write_text("new")
+    assert kept() == {"pretrain-b"}
+    assert capsys.readouterr().out == "".join(
+        f"mine has changed, so {name} runs again.\n" for name in ("image-tower", "pretrain-a")
+    )
 
 
 @pytest.mark.integration

@@ -24,7 +24,7 @@ from flows.deployments import NIGHTLY, WEEKLY
 from flows.runtime.fork_server import SOCKET
 from flows.runtime.servers import free_port
 from flows.sweep import runners
-from flows.sweep.runners import DONE, FAILED, REUSED, WAITING, Outcome, TrialRunner
+from flows.sweep.runners import DONE, FAILED, REUSED, WAITING, LocalRunner, Outcome, TrialRunner
 from flows.sweep.sweep import _fork_server_for, main, time_left
 from flows.sweep.trials import Sweep, Trial, make_grid, short_name, with_changes
 from flows.sweep.workspaces import Experiment, Snapshot, set_params
@@ -156,6 +156,38 @@ def test_parameters_are_set_without_touching_other_lines(tmp_path: Path):
     changed = load_params(path)
     assert (changed.pretrain.text.corner_tokens, changed.pretrain.text.context_length) == (7, 96)
     assert changed.caption.captioners["llava"].omission == 0.5
+
+
+PUBLISHED = {"kind": "coco", "folder": "mine", "partial": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages"),
+    [
+        ({"pretrain": {"text": {"pretrained": "mine"}}}, {"pretrain@lotlip"}),
+        ({"pretrain": {"start": "mine"}, "image_tower": {"kind": "start"}}, {"pretrain@lotlip"}),
+        ({"evaluate": {"benchmarks": {"coco": PUBLISHED}}}, {"evaluate@lotlip"}),
+        ({}, set()),
+    ],
+)
+def test_a_trial_has_a_new_name_when_files_that_dvc_does_not_watch_change(
+    params, tmp_path, monkeypatch, changes: dict[str, Any], stages: set[str]
+):
+    monkeypatch.chdir(tmp_path)
+    data = params.model_dump(mode="json", exclude_unset=True) | only("lotlip") | {"registry": None}
+    Path("mine").mkdir()
+    found = []
+    for weights in ("old", "new", "old"):
+        Path("mine/model.safetensors").write_text(weights)
+        (trial,) = make_grid(Sweep(name="s", seeds=[0]), Params.model_validate(data | changes))
+        runner: Any = object.__new__(LocalRunner)
+        runner.inputs, runner._hashes, runner.snapshot = {"code": "a"}, {}, SimpleNamespace(root=tmp_path)
+        found.append(runner.experiment(trial).name)
+        assert runner.experiment(trial).name == found[-1]
+        assert trial.unwatched_stages() == stages
+    assert found[0] == found[2]
+    assert (found[0] == found[1]) is (not stages)
+    assert (found[0] == trial.experiment({"code": "a"})) is (not stages)
 
 
 # --- finished trials ------------------------------------------------------------------------------------------------
