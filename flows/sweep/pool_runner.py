@@ -237,7 +237,7 @@ class PoolRunner(TrialRunner):
 
     def _run_experiment(self, trial: Trial, experiment: Experiment, lock: IO[Any]) -> bool:
         name = experiment.name
-        parameters = {"name": name, "commit": self.commit, "changes": trial.changes, "base": trial.base}
+        parameters = {"name": name, "commit": self.commit, "changes": trial.overrides, "base": trial.base}
         state = self._runs.run(name, parameters, lambda: self.out_of_time)
         if state is None:
             return False

@@ -231,7 +231,7 @@ class LocalRunner(TrialRunner):
 
     def _run_experiment(self, trial: Trial, experiment: Experiment, lock: IO[Any]) -> bool:
         plain = trial.params.model_dump(mode="json", exclude_unset=True)
-        project = experiment.prepare(self.snapshot, plain, trial.changes)
+        project = experiment.prepare(self.snapshot, plain, trial.overrides)
         log = experiment.folder / "log.txt"
         command = [sys.executable, "-m", *experiment.command(f"evaluate@{trial.base}", trial.changes)]
         environment = {

@@ -59,7 +59,7 @@ from flows.sweep.trials import AXES, Sweep, Trial, make_grid, selection, short_n
 from flows.sweep.workspaces import IDENTITY, Experiment, Snapshot, set_params
 from lotlip.config.params import load_params
 from lotlip.core.console import INTERRUPTED
-from lotlip.core.differences import format_differences, replacements
+from lotlip.core.differences import format_differences, format_value, replacements
 from lotlip.core.section import ConfigError
 from lotlip.core.temporary import temporary_folder
 from lotlip.core.yaml import parse_yaml, read_yaml
@@ -218,7 +218,7 @@ def _table(grid: Sequence[Trial], names: Sequence[str], outcomes: Mapping[str, O
         {
             "trial": name,
             "status": outcomes[name].status,
-            **{short_name(key, keys): _cell(trial.changes[key]) for key in keys},
+            **{short_name(key, keys): format_value(trial.changes[key]) for key in keys},
             **{score: _share(outcomes[name].scores.get(score)) for score in scores},
             "minutes": f"{outcomes[name].minutes:.1f}" if outcomes[name].minutes else "",
             "MLflow": f"[run]({outcomes[name].run})" if outcomes[name].run else "",
@@ -230,10 +230,6 @@ def _table(grid: Sequence[Trial], names: Sequence[str], outcomes: Mapping[str, O
 
 def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
-
-
-def _cell(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _counts(outcomes: Mapping[str, Outcome]) -> str:

@@ -24,7 +24,7 @@ AXES = {
     "seeds": "pretrain.seeds",
 }
 PARALLEL_ON_POOL = 32
-Value = bool | int | float | str | list[bool | int | float | str]
+Value = bool | int | float | str | list[bool | int | float | str] | None
 
 
 class Sweep(Section):
@@ -95,7 +95,7 @@ class Trial:
     """A configuration and a seed.
 
     Attributes:
-        params: params.yaml with the trial's values.
+        params: params.yaml with the trial's values, and with `base` alone.
         changes: dotted parameter → value, for the axes of the sweep and the seed.
         base: the ablation without differences from `pretrain`, which the trial trains.
     """
@@ -113,6 +113,11 @@ class Trial:
     def configuration(self) -> dict[str, Any]:
         """The changes without the seed."""
         return {key: value for key, value in self.changes.items() if key != AXES["seeds"]}
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Dotted parameter → value, for all that differs from params.yaml of the project."""
+        return {**alone(self.params, self.base), **self.changes}
 
     def identity(self) -> dict[str, Any]:
         """All settings that decide its result; equal for equivalent trials."""
@@ -156,7 +161,7 @@ def make_grid(sweep: Sweep, params: Params) -> list[Trial]:
             message lists all problems.
     """
     base = base_of(params)
-    plain = params.model_dump(mode="json", exclude_unset=True)
+    plain = params.model_dump(mode="json", exclude_unset=True) | alone(params, base)
     axes, seeds = sweep.axes, sweep.seeds or params.pretrain.seeds
     trials: dict[str, Trial] = {}
     problems: list[str] = []
@@ -171,6 +176,20 @@ def make_grid(sweep: Sweep, params: Params) -> list[Trial]:
     if problems:
         raise ConfigError(f"sweep {sweep.name} is invalid:", problems)
     return list(trials.values())
+
+
+def alone(params: Params, ablation: str) -> dict[str, Any]:
+    """Returns the sections of params.yaml that name ablations, with one ablation, or none.
+
+    Other ablations need not be valid with the values of a sweep, which does not train them.
+    """
+    sections: dict[str, Any] = {"ablations": {ablation: params.ablations[ablation]}}
+    sections |= {"finetune": {}, "reproduce": {}, "tables": {}, "findings": {}}
+    compute = params.compute.model_dump(mode="json", exclude_unset=True)
+    if "ablations" in compute:
+        own = {name: settings for name, settings in compute["ablations"].items() if name == ablation}
+        sections["compute"] = {**compute, "ablations": own}
+    return sections
 
 
 def base_of(params: Params) -> str:

@@ -29,7 +29,7 @@ from flows.sweep.sweep import _fork_server_for, main, time_left
 from flows.sweep.trials import Sweep, Trial, make_grid, short_name, with_changes
 from flows.sweep.workspaces import Experiment, Snapshot, set_params
 from lotlip.config.params import Params, load_params
-from lotlip.core.section import ConfigError
+from lotlip.core.section import ConfigError, flatten
 from lotlip.evaluate.records import BenchmarkScores
 from tests.browser import PICTURES, TIMEOUT, chromium, needs_chromium
 from tests.flows.test_cancel import await_that, post, send
@@ -156,6 +156,40 @@ def test_parameters_are_set_without_touching_other_lines(tmp_path: Path):
     changed = load_params(path)
     assert (changed.pretrain.text.corner_tokens, changed.pretrain.text.context_length) == (7, 96)
     assert changed.caption.captioners["llava"].omission == 0.5
+
+
+@pytest.mark.parametrize(
+    ("wanted", "values"),
+    [
+        ({"context_lengths": [64, 192, 256]}, [64, 192, 256]),
+        ({"other": {"pretrain.loss.objective": ["siglip"]}}, ["siglip"]),
+        ({"other": {"pretrain.short_texts.random_offset": [True, False]}}, [True, False]),
+        ({"other": {"pretrain.loss.short_loss_fraction": [None, 0.5]}}, [None, 0.5]),
+    ],
+)
+def test_a_value_needs_to_be_valid_only_for_the_ablation_that_is_trained(params, wanted: dict[str, Any], values):
+    grid = make_grid(Sweep.model_validate({"name": "methods", "seeds": [0], **wanted}), params)
+    (key,) = grid[0].configuration
+    assert [flatten(trial.params.model_dump())[key] for trial in grid] == values
+    with pytest.raises(ConfigError, match="late-interaction does not support corner tokens"):
+        make_grid(Sweep(name="wrong", other={"pretrain.similarity": ["late-interaction"]}), params)
+
+
+@pytest.mark.parametrize("compute", [{}, {"ablations": {"lotlip": {"zero_stage": 1}, "lit": {"zero_stage": 2}}}])
+def test_a_checkout_has_only_the_ablation_that_the_trial_trains(params, tmp_path, compute: dict[str, Any]):
+    project = Params.model_validate(params.model_dump(mode="json", exclude_unset=True) | {"compute": compute})
+    sweep = Sweep(name="methods", seeds=[3], other={"pretrain.short_texts.random_offset": [True]})
+    (trial,) = make_grid(sweep, project)
+    file = tmp_path / "params.yaml"
+    file.write_text((ROOT / "params.yaml").read_text())
+    set_params(file, {"compute": compute})
+    set_params(file, trial.overrides)
+    written = load_params(file)
+    assert written == trial.params
+    assert (written.names, written.pretrain.seeds) == (["lotlip"], [3])
+    assert written.training_compute("lotlip") == project.training_compute("lotlip")
+    expected = project.pretrain.model_copy(update={"seeds": [3], "short_texts": trial.params.pretrain.short_texts})
+    assert trial.identity() == {**project.decisive_sections(), "pretrain": expected.effective()}
 
 
 PUBLISHED = {"kind": "coco", "folder": "mine", "partial": True}
@@ -305,12 +339,19 @@ def running(workspace: Workspace) -> list[str]:
     return processes
 
 
+def with_others(params: dict[str, Any]) -> None:
+    """Adds ablations that no trial trains."""
+    params["ablations"]["filip"] = {"similarity": "late-interaction", "text": {"corner_tokens": 0}}
+    params["finetune"] = {"longer": {"init_from": "lotlip", "pretrain": {"steps": 2}}}
+
+
 @pytest.fixture(scope="module")
 def done(make_workspace) -> Workspace:
     """A workspace with a finished sweep of two parallel trials."""
     workspace = make_workspace()
     workspace.change(smallest)
     workspace.change(lambda params: params["pretrain"].update(steps=6))
+    workspace.change(with_others)
     before = (workspace.folder / "params.yaml").read_text()
     workspace.output = run_sweep(workspace, {"name": "two", "corner_tokens": [0, 1], "parallelism": 2}).stdout
     assert (workspace.folder / "params.yaml").read_text() == before
@@ -322,6 +363,7 @@ def test_trials_are_experiments_that_can_be_applied_to_params_yaml(done: Workspa
     assert [name.rpartition("-")[0] for name in sorted(experiments(done))] == ["m0-k3-c128-s0", "m1-k3-c128-s0"]
     assert not list((done.folder / ".lotlip" / "sweeps").glob("*/project"))
     name = max(experiments(done))
+    assert Experiment(done.folder, name).params().names == ["lotlip"]
     before = (done.folder / "params.yaml").read_text()
     try:
         done.python("flows.sweep", "--apply", name)
