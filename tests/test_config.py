@@ -471,6 +471,11 @@ def test_long_texts_need_a_captioner(tmp_path):
     assert params.ablation("lotlip").long_texts.sub_captions == 0
 
 
+def test_no_benchmarks_are_an_error(tmp_path):
+    (line,) = errors_of(tmp_path, {}, {**MINIMAL, "evaluate": {"benchmarks": {}}})
+    assert line.startswith("evaluate.benchmarks: is empty, so no model could be scored; add one, such as")
+
+
 def test_no_ablations_are_an_error(tmp_path):
     (line,) = errors_of(tmp_path, {}, {**MINIMAL, "ablations": {}})
     assert "ablations is empty" in line

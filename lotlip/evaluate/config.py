@@ -97,7 +97,9 @@ MAX_CONDITIONED_PAIRS = 25_000_000  # 5,000 images and texts; half a minute on a
 class EvaluateConfig(Section):
     """Zero-shot retrieval and classification of each trained model."""
 
-    benchmarks: dict[Name, BenchmarkConfig] = Field(description="name → benchmark; every ablation is scored on all")
+    benchmarks: Annotated[dict[Name, BenchmarkConfig], Field(min_length=1)] = Field(
+        description="name → benchmark; every ablation is scored on all"
+    )
     min_score_over_chance: Annotated[float, Field(ge=0)] = Field(
         1.0,
         description="multiple of chance that R@1 of short text must reach on each benchmark, else the gate fails. "
@@ -152,6 +154,13 @@ class EvaluateConfig(Section):
                 for name, entry in benchmarks.items()
             }
         }
+
+    @field_validator("benchmarks", mode="before")
+    @classmethod
+    def _at_least_one(cls, benchmarks: Any) -> Any:
+        if benchmarks == {}:
+            raise ValueError("is empty, so no model could be scored; add one, such as `captions: {kind: held-out}`")
+        return benchmarks
 
     @field_validator("baselines")
     @classmethod
