@@ -41,9 +41,9 @@ def settings() -> RegistryConfig:
     return RegistryConfig(model=f"model-{next(_numbers)}", min_scores={LONG: 0.3, SHORT: 0.2})
 
 
-def candidate(tracker: Tracker, name: str, long: float, short: float) -> str:
+def candidate(tracker: Tracker, name: str, long: float, short: float, **more: str) -> str:
     """A finished run with scores and a model."""
-    tags = {"ablation": name, "seed": "0", "data_hash": "d" * 16, "git_commit": "c" * 40}
+    tags = {"ablation": name, "seed": "0", "data_hash": "d" * 16, "git_commit": "c" * 40, **more}
     run_id = tracker.ensure_run(name, name, tags, {"text": {"corner_tokens": 2}, "seed": 0})
     tracker.log_metrics(run_id, {LONG: long, SHORT: short})
     tracker.ensure_model(run_id, name, name, tags)
@@ -102,6 +102,33 @@ def test_a_worse_model_does_not_replace_the_champion(tracker, settings):
     registration = register(tracker, worse, settings.model_copy(update={"max_score_drop": 0.05}))
     assert (registration.version, registration.refusals) == ("2", [])
     assert tracker.client.get_model_version_by_alias(settings.model, "champion").run_id == worse
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "changed"),
+    [
+        ({}, {"data_hash": "e" * 16}, "the shards"),
+        ({"benchmark.scenes": "1"}, {"benchmark.scenes": "2"}, "benchmark scenes"),
+        ({"benchmark.other": "1"}, {"benchmark.other": "2"}, ""),  # no metric of the gate
+        ({}, {"benchmark.scenes": "2"}, ""),  # not known
+    ],
+)
+def test_scores_on_other_data_are_not_compared(tracker, settings, before, after, changed):
+    first = candidate(tracker, f"a{next(_numbers)}", 0.5, 0.5, **before)
+    assert register(tracker, first, settings).note == ""
+    worse = candidate(tracker, f"a{next(_numbers)}", 0.4, 0.4, **after)
+    registration = register(tracker, worse, settings)
+    champion = tracker.client.get_model_version_by_alias(settings.model, "champion").run_id
+    if changed:
+        assert registration.note.startswith(
+            f"{changed} changed since {settings.uri} was registered, so its scores were"
+        )
+        assert (champion, registration.refusals) == (worse, [])
+    else:
+        assert (champion, registration.note, len(registration.refusals)) == (first, "", 2)
+    bad = register(tracker, candidate(tracker, f"a{next(_numbers)}", 0.1, 0.4, data_hash="f" * 16), settings)
+    assert bad.refusals == [f"{LONG} is 0.1; registry.min_scores requires at least 0.3"]
+    assert bad.note.startswith("the shards changed")
 
 
 def test_a_run_without_scores_is_an_error(tracker, settings):

@@ -339,7 +339,7 @@ def benchmark_scores(first: float = 0.25, **more: Any) -> dict[str, BenchmarkSco
         0: {"long.text_to_image.r1": first, "short.text_to_image.r1": 0.125},
         3: {"long.text_to_image.r1": 0.5, "short.text_to_image.r1": 0.125},
     }
-    protocol = {"image_size": 16, "texts": "unseen frames"}
+    protocol = {"image_size": 16, "texts": "unseen frames", "version": "1a2b"}
     return {"scenes": BenchmarkScores(seeds=seeds, protocol=protocol, **more)}
 
 
@@ -371,6 +371,7 @@ def test_a_lost_store_is_restored_from_files(store, experiment, client, tmp_path
             assert mlflow_run.info.status == "FINISHED"
             assert mlflow_run.info.run_name == f"lotlip-seed{seed}"
             assert mlflow_run.data.tags["data_hash"] == "d" * 8
+            assert mlflow_run.data.tags["benchmark.scenes"] == "1a2b"
             assert mlflow_run.data.params["seed"] == seed
             assert mlflow_run.data.metrics["scenes.long.text_to_image.r1"] == score
             assert curve(client, mlflow_run.info.run_id) == expected()

@@ -206,8 +206,10 @@ def _register(settings: Sweep, runner: TrialRunner, run_id: str) -> list[str]:
 
     registration = register(runner.tracker, run_id, runner.params.registry, settings.name)
     if registration.uri:
-        return [f"It passed the gate; `{registration.uri}` loads version {registration.version} in MLflow's registry."]
-    return ["The registry's gate rejected the best model:", *(f"- {reason}" for reason in registration.refusals)]
+        lines = [f"It passed the gate; `{registration.uri}` loads version {registration.version} in MLflow's registry."]
+    else:
+        lines = ["The registry's gate rejected the best model:", *(f"- {reason}" for reason in registration.refusals)]
+    return [*lines, f"- {registration.note}"] if registration.note else lines
 
 
 def _table(grid: Sequence[Trial], names: Sequence[str], outcomes: Mapping[str, Outcome]) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FINGERPRINT = "lotlip.fingerprint"
 CONTENT = "lotlip.content"  # hash of a model's files when they were sent
+VERSION = "benchmark."  # before the name of a benchmark: the version of its data that the scores are of
 NOTE = "mlflow.note.content"  # description on MLflow's pages, in Markdown
 PAGE = 1000  # runs per request
 LONGEST_PARAMETER = 6000  # MLflow's limit for a parameter's value
@@ -251,7 +252,8 @@ class Tracker:
                     for kind, image in attention_pictures(attention, benchmark).items():
                         self._log_file(run_id, image, f"figures/{benchmark}", f"attention-{kind}.png")
             protocol = {benchmark: result.protocol for benchmark, result in results.items()}
-            self.set_tags(run_id, {NOTE: run_note(trained, seed, self._base, results)})
+            versions = {f"{VERSION}{name}": str(how["version"]) for name, how in protocol.items() if "version" in how}
+            self.set_tags(run_id, {NOTE: run_note(trained, seed, self._base, results), **versions})
             self._log_model(logged_model, folder / f"seed-{seed}", {"scores": scores, "protocol": protocol})
             self.finish(run_id)
         self._update_view()

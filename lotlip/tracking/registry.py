@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lotlip.tracking.config import RegistryConfig
-from lotlip.tracking.mlflow import FINGERPRINT, Tracker
+from lotlip.tracking.mlflow import FINGERPRINT, VERSION, Tracker
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,18 +26,20 @@ class Registration:
         uri: "models:/NAME@ALIAS", which now loads the model; None if the gate refused it.
         version: of the model in the registry; None if the gate refused it.
         refusals: one line per reason, with metric, value and bound.
+        note: why the model was not compared with the one that the alias pointed to; "" if it was, or if there was none.
     """
 
     uri: str | None
     version: str | None
     refusals: list[str]
+    note: str = ""
 
 
 def register(tracker: Tracker, run_id: str, settings: RegistryConfig, sweep: str | None = None) -> Registration:
     """Registers a run's model and points the alias to it, unless the gate refuses it.
 
     The gate requires the minimum values of `settings`, and that the model is not worse in these metrics than the one
-    that the alias points to. A model is registered only once.
+    that the alias points to, unless that one has other data or benchmarks. A model is registered only once.
 
     Args:
         tracker: whose store has the run and the registry.
@@ -57,14 +59,35 @@ def register(tracker: Tracker, run_id: str, settings: RegistryConfig, sweep: str
             "requires; evaluate it, or name metrics that it has"
         )
     current = _current(client, settings)
-    current_scores = client.get_run(current.run_id).data.metrics if current and current.run_id else {}
-    refusals = refusal_reasons(run.data.metrics, current_scores, settings)
+    champion = client.get_run(current.run_id).data if current and current.run_id else None
+    changed = changed_data(run.data.tags, champion.tags, settings) if champion else []
+    note = ""
+    if changed:
+        note = (
+            f"{' and '.join(changed)} changed since {settings.uri} was registered, so its scores were not compared and "
+            "registry.max_score_drop was not applied"
+        )
+    refusals = refusal_reasons(run.data.metrics, champion.metrics if champion and not changed else {}, settings)
     if refusals:
-        return Registration(None, None, refusals)
+        return Registration(None, None, refusals, note)
     version = _version(client, run, settings, sweep)
     if current is None or current.version != version.version:
         client.set_registered_model_alias(settings.model, settings.alias, version.version)
-    return Registration(settings.uri, str(version.version), [])
+    return Registration(settings.uri, str(version.version), [], note)
+
+
+def changed_data(tags: Mapping[str, str], current: Mapping[str, str], settings: RegistryConfig) -> list[str]:
+    """Which data differ between two runs, in words; scores on other data cannot be compared.
+
+    Args:
+        tags: of a run.
+        current: tags of the run of the model that the alias points to. A tag that one of them lacks, as runs of earlier
+            versions do, is not compared.
+        settings: whose metrics name the benchmarks.
+    """
+    benchmarks = dict.fromkeys(name.partition(".")[0] for name in settings.min_scores)
+    data = {"data_hash": "the shards"} | {VERSION + name: f"benchmark {name}" for name in benchmarks}
+    return [what for tag, what in data.items() if tag in tags and tag in current and tags[tag] != current[tag]]
 
 
 def refusal_reasons(scores: Mapping[str, float], current: Mapping[str, float], settings: RegistryConfig) -> list[str]:
@@ -72,7 +95,7 @@ def refusal_reasons(scores: Mapping[str, float], current: Mapping[str, float], s
 
     Args:
         scores: of the model.
-        current: scores of the model that the alias points to; empty if there is none.
+        current: scores of the model that the alias points to; empty if there is none to compare with.
         settings: the gate.
     """
     reasons = [
@@ -133,8 +156,8 @@ def _model_description(settings: RegistryConfig) -> str:
     bounds = ", ".join(f"{name} ≥ {bound:g}" for name, bound in settings.min_scores.items())
     return (
         f"The best models of sweeps. `{settings.uri}` is the last one that passed the gate: {bounds}, and not worse "
-        f'than its predecessor.\n\n`mlflow.pyfunc.load_model("{settings.uri}")` loads it. Its input is a table with '
-        "the columns `text` and `image`; its output are normalised features."
+        f'than its predecessor on the same data.\n\n`mlflow.pyfunc.load_model("{settings.uri}")` loads it. Its input '
+        "is a table with the columns `text` and `image`; its output are normalised features."
     )
 
 
