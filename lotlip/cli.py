@@ -180,7 +180,7 @@ def import_model(
     opened = open_start(source, tokenizer)
     model = opened.build()
     save_whole_model(model, opened.tokenizer, out.resolve(), {"name": out.resolve().name, "source": source})
-    write_record(out.resolve(), Path(out.resolve().name))
+    write_record(out.resolve(), Path(out.resolve().name), "lotlip import")
     _print_imported(describe(model.config), out)
 
 

@@ -27,6 +27,7 @@ from lotlip.core.files import (
     atomic_write,
     check_files,
     check_free,
+    check_model,
     check_replaceable,
     publish,
     read_json,
@@ -37,6 +38,7 @@ from lotlip.core.files import (
     sha256_json,
     sha256_tree,
     write_json,
+    write_record,
 )
 
 json_values = st.recursive(
@@ -454,6 +456,33 @@ def test_check_files_finds_damaged_and_missing_files(tmp_path, size, remembered)
     (out / "deep/a").unlink()
     with pytest.raises(Damaged, match="out/deep/a is missing"):
         check_files(out, hash_cache=memory)
+
+
+@pytest.mark.parametrize("inside", ["", "seed-0"])
+def test_a_model_card_may_be_edited_or_removed(tmp_path, inside):
+    out = tmp_path / "out"
+    prefix = f"{inside}__" if inside else ""
+    publish_some(out, **{f"{prefix}README.md": "a model", f"{prefix}weights": "1"})
+    card, weights = out / inside / "README.md", out / inside / "weights"
+    card.write_text("a model, and a note")
+    check_model(out / inside)
+    card.unlink()
+    check_model(out / inside)
+    weights.write_text("2")
+    with pytest.raises(Damaged, match=r"weights is damaged: it is not what its stage wrote; restore it with `dvc"):
+        check_model(out / inside)
+
+
+def test_the_error_for_a_damaged_folder_names_the_command_that_wrote_it(tmp_path):
+    (tmp_path / "weights").write_text("1")
+    write_record(tmp_path, Path(tmp_path.name), "lotlip import")
+    check_model(tmp_path)
+    (tmp_path / "weights").write_text("2")
+    with pytest.raises(Damaged, match=rf"not what `lotlip import` wrote; write {tmp_path} again with `.*--force"):
+        check_model(tmp_path)
+    (tmp_path / "weights").unlink()
+    with pytest.raises(Damaged, match=rf"is missing; write {tmp_path} again with `lotlip import` and --force"):
+        check_model(tmp_path)
 
 
 def test_an_unchanged_large_file_is_hashed_once(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, SiglipConfig, SiglipModel
 
+from lotlip import cli
+from lotlip.core.files import Damaged, check_model
 from lotlip.data.plain_tokenizer import open_tokenizer
 from lotlip.importing import openai
 from lotlip.importing.start import StartingModel, open_start, split_commit
@@ -285,6 +288,21 @@ def test_a_tokenizer_for_a_model_of_this_project_is_an_error(tmp_path: Path) -> 
     save_model(start.config, start.read_weights(), start.tokenizer, tmp_path / "ours", image_tower=None)
     with pytest.raises(ValueError, match="has its own tokenizer; remove --tokenizer"):
         open_start(str(tmp_path / "ours"), "clip")
+
+
+def test_the_command_records_what_it_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = save_clip(tmp_path / "theirs"), tmp_path / "ours"
+    monkeypatch.setattr(sys, "argv", ["lotlip", "import", str(folder), "--out", str(out)])
+    with pytest.raises(SystemExit) as end:
+        cli.run()
+    assert end.value.code == 0
+    (out / "README.md").write_text("a note")
+    check_model(out)
+    (out / "config.json").write_text("{}")
+    with pytest.raises(
+        Damaged, match=rf"config\.json is damaged: .* write {out} again with `lotlip import` and --force"
+    ):
+        check_model(out)
 
 
 def test_a_tokenizer_class_that_cannot_be_imported_does_not_matter(tmp_path: Path) -> None:

@@ -349,24 +349,28 @@ class Record(NamedTuple):
         place: the folder's path, relative to the project.
         folders: names of all folders in it.
         files: name → size and hash.
+        command: that wrote the folder; None: a stage.
     """
 
     place: PurePosixPath
     folders: list[str]
     files: dict[str, Entry]
+    command: str | None = None
 
 
-def write_record(folder: Path, place: Path) -> None:
+def write_record(folder: Path, place: Path, command: str | None = None) -> None:
     """Writes a record of a folder's files and hashes into it, so that it may be replaced and damage is detected.
 
     Args:
         folder: with all files to publish.
         place: where it will be published, relative to the project.
+        command: that writes the folder again; None: a stage does.
     """
     remove(folder / RECORD, ours=lambda _: True)
     tree = _tree(folder)
     files = {name: _entry(folder / name)._asdict() for name in sorted(tree.files)}
-    write_json(folder / RECORD, {"place": place.as_posix(), "folders": sorted(tree.folders), "files": files})
+    data = {"place": place.as_posix(), "folders": sorted(tree.folders), "files": files}
+    write_json(folder / RECORD, data if command is None else {**data, "command": command})
 
 
 def read_record(folder: Path) -> Record | None:
@@ -384,7 +388,7 @@ def read_record(folder: Path) -> Record | None:
         place = PurePosixPath(data["place"])
         if not place.parts:
             raise ValueError("place is empty")
-        return Record(place, [str(name) for name in data["folders"]], files)
+        return Record(place, [str(name) for name in data["folders"]], files, data.get("command"))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Damaged(f"{file} cannot be read ({error!r}); {_remedy(folder)}") from error
 
@@ -463,7 +467,7 @@ def _swap(new: Path, path: Path) -> None:
     remove(aside)
 
 
-def check_files(folder: Path, within: str = "", hash_cache: Path | None = None) -> None:
+def check_files(folder: Path, within: str = "", hash_cache: Path | None = None, skip: str = "") -> None:
     """Compares a published folder with its record; a folder without a record is not checked.
 
     Args:
@@ -471,6 +475,7 @@ def check_files(folder: Path, within: str = "", hash_cache: Path | None = None) 
         within: checks only files whose names begin with this.
         hash_cache: a file that stores the size and times of hashed files; a large file is hashed again only if these
             have changed. Without it every file is hashed.
+        skip: files of this name, in any folder, are not checked.
 
     Raises:
         Damaged: a file is missing or its contents have changed.
@@ -481,7 +486,7 @@ def check_files(folder: Path, within: str = "", hash_cache: Path | None = None) 
     known = _read_hash_cache(hash_cache) if hash_cache else {}
     checked: dict[str, list[Any]] = {}
     for name, entry in record.files.items():
-        if not name.startswith(within):
+        if not name.startswith(within) or PurePosixPath(name).name == skip:
             continue
         try:
             status = (folder / name).stat()
@@ -490,9 +495,11 @@ def check_files(folder: Path, within: str = "", hash_cache: Path | None = None) 
             if same and (hash_cache is None or status.st_size <= _SMALL or known.get(name) != signature):
                 same = _entry(folder / name).sha256 == entry.sha256
         except FileNotFoundError:
-            raise Damaged(f"{folder / name} is missing; {_remedy(folder)}") from None
+            raise Damaged(f"{folder / name} is missing; {_remedy(folder, record.command)}") from None
         if not same:
-            raise Damaged(f"{folder / name} is damaged: it is not what its stage wrote; {_remedy(folder)}")
+            writer = f"`{record.command}`" if record.command else "its stage"
+            remedy = _remedy(folder, record.command)
+            raise Damaged(f"{folder / name} is damaged: it is not what {writer} wrote; {remedy}")
         checked[name] = signature
     if hash_cache and (known | checked) != known:
         with _locked(hash_cache):
@@ -528,6 +535,8 @@ def _locked(hash_cache: Path) -> AbstractContextManager[None]:
 def check_model(folder: Path, hash_cache: Callable[[Path], Path] | None = None) -> None:
     """Compares a saved model with the record of its folder, or of the ablation's folder that contains it.
 
+    The model card may have been edited: it decides nothing.
+
     Args:
         folder: of the model.
         hash_cache: folder with the record → its hash cache, as for `check_files`.
@@ -538,7 +547,7 @@ def check_model(folder: Path, hash_cache: Callable[[Path], Path] | None = None) 
     folder = folder.resolve()
     for base, within in ((folder, ""), (folder.parent, f"{folder.name}/")):
         if read_record(base) is not None:
-            check_files(base, within, hash_cache(base) if hash_cache else None)
+            check_files(base, within, hash_cache(base) if hash_cache else None, skip="README.md")
             return
 
 
@@ -547,7 +556,9 @@ def _entry(file: Path) -> Entry:
         return Entry(os.fstat(opened.fileno()).st_size, hashlib.file_digest(opened, "sha256").hexdigest())
 
 
-def _remedy(folder: Path) -> str:
+def _remedy(folder: Path, command: str | None = None) -> str:
+    if command:
+        return f"write {folder} again with `{command}` and --force"
     return f"restore it with `dvc checkout --force {folder}`, or rerun the stage that writes it"
 
 

@@ -101,7 +101,7 @@ def import_official(
     config.provenance = {"name": out.resolve().name, "source": f"{file.name}, sha256 {digest}", **checkpoint.about}
     with atomic_write(out.resolve()) as partial:
         save_model(config, weights, words, partial, image_tower=None)
-        write_record(partial, Path(out.resolve().name))
+        write_record(partial, Path(out.resolve().name), "lotlip import-official")
     return config, ignored
 
 
