@@ -234,6 +234,19 @@ def test_a_vision_model_without_a_projection_is_accepted(tmp_path: Path) -> None
         torch.testing.assert_close(tower(inputs), model(inputs).pooler_output, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_processor_of_another_image_size_is_an_error(kind: str, tmp_path: Path) -> None:
+    save_transformers(kind, tmp_path)
+    size = {"height": 64, "width": 64}
+    other: Any = SiglipImageProcessor(size=size) if kind == "siglip" else CLIPImageProcessor(size=size, crop_size=size)
+    other.save_pretrained(tmp_path)
+    settings: dict[str, Any] = {"kind": "transformers", "model": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"takes images of 32 pixels, but its preprocessor_config\.json prepares 64"):
+        transformers_spec(TransformersTowerConfig(**settings))
+    for side in (32, 64):
+        assert transformers_spec(TransformersTowerConfig(**settings, image_size=side)).image_size == side
+
+
 def test_another_image_size_interpolates_the_positions(tmp_path: Path) -> None:
     model, _ = save_transformers("siglip", tmp_path)
     tower = transformers_tower(TransformersTowerConfig(kind="transformers", model=str(tmp_path), image_size=48))

@@ -40,7 +40,8 @@ def transformers_spec(config: TransformersTowerConfig, local_files_only: bool = 
         local_files_only: whether only a folder and the hub's cache are read.
 
     Raises:
-        ValueError: the model or its processor is not found, or it is of a type that cannot be an image tower.
+        ValueError: the model or its processor is not found, it is of a type that cannot be an image tower, or the two
+            have different image sizes and the settings have none.
     """
     options = _options(config) | {"local_files_only": local_files_only}
     return _spec(config, _read_config(config, options), options)
@@ -76,7 +77,15 @@ def _spec(config: TransformersTowerConfig, whole: Any, options: dict[str, Any]) 
     if vision.model_type == CLIP and (vision is not whole or _PROJECTED in (whole.architectures or ())):
         kwargs["projection_dim"] = whole.projection_dim
     spec = ImageTowerSpec(vision.model_type, getattr(vision, "image_size", 224), kwargs=kwargs, library="transformers")
-    return with_settings(_prepared(spec, config, options), config)
+    prepared = _prepared(spec, config, options)
+    # DINO is trained to interpolate its positions, and its processors differ from its configurations
+    if vision.model_type in (CLIP, SIGLIP) and prepared.image_size != spec.image_size and config.image_size is None:
+        raise ValueError(
+            f"image_tower.model {config.model} takes images of {spec.image_size} pixels, but its "
+            f"preprocessor_config.json prepares {prepared.image_size}; correct that file, or set "
+            "image_tower.image_size, for which positions are interpolated"
+        )
+    return with_settings(prepared, config)
 
 
 def transformers_tower(config: TransformersTowerConfig) -> TransformersTower:
