@@ -15,13 +15,16 @@ from safetensors.torch import load_file, save_file
 
 from lotlip.config.params import FinetuneConfig
 from lotlip.data.weights import read_weights
-from lotlip.image_tower.config import TimmTowerConfig
+from lotlip.image_tower.config import TimmTowerConfig, TransformersTowerConfig
+from lotlip.image_tower.transformers import transformers_spec
+from lotlip.importing.start import open_start
 from lotlip.models.saving import load_model
 from lotlip.models.vision.image_tower import build_image_tower
 from lotlip.models.vision.spec import ImageTowerSpec
 from lotlip.pretrain.config import LOADING_OPTIONS, PretrainConfig, TextTowerConfig
 from lotlip.pretrain.initialisation import build_for_pretraining
 from tests.conftest import TEXT
+from tests.tiny_baselines import save_clip
 from tests.tiny_model import save_tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -216,6 +219,38 @@ def test_a_dual_encoder_as_image_tower_is_an_error(tiny_tower, tmp_path):
     file = save_tiny_model(tmp_path / "model", tiny_tower) / "model.safetensors"
     with pytest.raises(ValueError, match=rf"{file} holds a model of images and texts"):
         timm_tower(TimmTowerConfig(kind="timm", model="vit_tiny_patch16_224", checkpoint=file))
+
+
+def add_adapter(folder: Path) -> Path:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    return folder
+
+
+ADAPTER = (
+    r"has an adapter \(adapter_config\.json\), which is not read; merge it into its model first \(merge_and_unload"
+)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_starting_model_with_an_adapter_is_an_error(tmp_path, alone):
+    folder = tmp_path / "clip"
+    folder.mkdir() if alone else save_clip(folder)
+    with pytest.raises(ValueError, match=ADAPTER):
+        open_start(str(add_adapter(folder)))
+
+
+def test_towers_with_an_adapter_are_errors(bert, tiny_tower, tmp_path):
+    with pytest.raises(ValueError, match=ADAPTER):
+        build_for_pretraining(pretrain(pretrained=str(add_adapter(bert))), tiny_tower)
+    folder = add_adapter(save_clip(tmp_path / "clip"))
+    with pytest.raises(ValueError, match=ADAPTER):
+        transformers_spec(TransformersTowerConfig(kind="transformers", model=str(folder)))
+
+
+@pytest.mark.slow
+def test_a_saved_model_with_an_adapter_is_an_error(tiny_tower, tmp_path):
+    with pytest.raises(ValueError, match=ADAPTER):
+        load_model(add_adapter(save_tiny_model(tmp_path / "model", tiny_tower)))
 
 
 # --- damaged files ----------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from lotlip.caption.config import PRESETS
 from lotlip.caption.config import TransformersCaptionerConfig as Settings
 from lotlip.core.compute import CaptionerCompute
 from lotlip.data.images import decode_rgb
-from lotlip.data.records import Caption, Failure, ImageRecord
+from lotlip.data.records import Caption, Failure, ImageRecord, NonRetryableError
 from tests.tiny_mllm import IDS, image_record, save_instructblip, save_llava, save_llava_next
 
 FAMILIES = {"llava": save_llava, "llava-next": save_llava_next, "instructblip": save_instructblip}
@@ -299,6 +299,12 @@ def test_a_folder_without_a_model_is_an_error_at_once(tmp_path, llava_copy):
     (llava_copy / "model.safetensors").rename(llava_copy / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"it lacks config\.json or weights \(\*\.safetensors\)"):
         captioner(llava_copy)
+
+
+def test_a_folder_with_an_adapter_is_an_error(llava_copy):
+    (llava_copy / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(NonRetryableError, match=r"has an adapter .* merge it into its model first"):
+        list(captioner(llava_copy).caption(RECORDS[:1]))
 
 
 def test_a_folder_is_not_confused_with_a_hub_model(llava, tmp_path, monkeypatch):

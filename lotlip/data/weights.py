@@ -96,11 +96,16 @@ def load_checkpoint(path: Path) -> Any:
 
 
 def check_weights(folder: Path) -> None:
-    """Opens every safetensors file of a folder, so that the error for a damaged one names it.
+    """Opens every safetensors file of a model's folder, so that the error for a damaged one names it.
 
     Raises:
-        ValueError: a file is damaged.
+        ValueError: a file is damaged, or the folder has an adapter, which would be ignored.
     """
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} has an adapter (adapter_config.json), which is not read; merge it into its model first "
+            "(merge_and_unload of peft), and save the result in another folder"
+        )
     for path in sorted(folder.glob("*.safetensors")):
         with open_weights(path):
             pass

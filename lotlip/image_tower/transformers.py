@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -17,6 +18,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from lotlip.data.weights import check_weights
 from lotlip.image_tower.config import TransformersTowerConfig
 from lotlip.image_tower.preprocessing import with_settings
 from lotlip.image_tower.towers import OnProgress, TowerResult
@@ -51,8 +53,9 @@ def _read_config(config: TransformersTowerConfig, options: dict[str, Any]) -> Pr
     """The configuration of the model that the settings name.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: there is no such model, or its folder has an adapter.
     """
+    check_weights(Path(config.model))
     try:
         return AutoConfig.from_pretrained(config.model, trust_remote_code=False, **options)
     except (OSError, ValueError, StrictDataclassError) as error:

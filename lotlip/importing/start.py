@@ -12,7 +12,7 @@ from torch import Tensor
 from lotlip.core.files import read_json
 from lotlip.data.models import LOCAL, OPEN_CLIP
 from lotlip.data.tokenizer import TextTokenizer
-from lotlip.data.weights import check_finite
+from lotlip.data.weights import check_finite, check_weights
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.lotlip import LotlipModel
 from lotlip.models.vision.image_tower import load_weights
@@ -76,6 +76,7 @@ def open_start(name: str, tokenizer: str | None = None, local_files_only: bool =
 
         return openai.open_start(path, tokenizer)
     if path.is_dir():
+        check_weights(path)
         if not (path / "config.json").is_file():
             if (path / "open_clip_config.json").is_file():
                 from lotlip.importing import open_clip
