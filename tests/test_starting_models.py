@@ -15,7 +15,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, SiglipConfig, SiglipModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    SiglipConfig,
+    SiglipModel,
+)
 
 from lotlip import cli
 from lotlip.core.files import Damaged, check_model
@@ -24,6 +32,7 @@ from lotlip.importing import openai
 from lotlip.importing.start import StartingModel, open_start, split_commit
 from lotlip.models.lotlip import LotlipModel
 from lotlip.models.saving import load_model, save_model
+from tests.parity import write_checkpoint
 from tests.tiny_baselines import (
     CLIP_LENGTH,
     SIGLIP_LENGTH,
@@ -221,10 +230,36 @@ def test_what_cannot_be_a_starting_model_is_named(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"lacks positional_embedding, visual\.proj, text_projection"):
         open_start(str(tmp_path / "other.pt"))
-    with pytest.raises(ValueError, match="names no weights"):
-        open_start("open_clip:ViT-B-32")
+    for name, message in {
+        "ViT-B-33:openai": r"no architecture 'ViT-B-33'; did you mean .*ViT-B-32",
+        "ViT-B-32": "no weights are given; use open_clip:ViT-B-32:FILE or a tag .*openai, ",
+        "ViT-B-32:missing.pt": "'missing.pt' is neither one of its tags nor a file; use open_clip:ViT-B-32:FILE",
+    }.items():
+        with pytest.raises(ValueError, match=message) as error:
+            open_start(f"open_clip:{name}")
+        assert "image_tower" not in str(error.value)
     with pytest.raises(ValueError, match="text tower of another kind"):
         open_start("open_clip:roberta-ViT-B-32:laion2b_s12b_b32k")
+
+
+def test_an_unusable_processor_is_an_error_without_settings_that_a_start_lacks(tmp_path: Path) -> None:
+    folder = save_clip(tmp_path / "theirs")
+    size = {"height": 64, "width": 64}
+    CLIPImageProcessor(size=size, crop_size=size).save_pretrained(folder)
+    with pytest.raises(ValueError, match=rf"^{folder} takes images of 24 pixels, .* prepares 64; correct that file$"):
+        open_start(str(folder))
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match=rf"(?s)^how {folder} prepares images .*; restore or correct that file$"):
+        open_start(str(folder))
+
+
+def test_a_checkpoint_of_another_lotlip_model_is_an_error_of_one_line(tmp_path: Path) -> None:
+    file = write_checkpoint("m2", tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"not like LoTLIP's .* `lotlip import-official {file}`, whose options"
+    ) as error:
+        open_start(str(file))
+    assert "\n" not in str(error.value)
 
 
 def test_missing_and_unexpected_weights_are_listed(tmp_path: Path) -> None:

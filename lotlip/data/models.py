@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,6 +21,30 @@ def local_model(name: str) -> Path | None:
         address = name.removeprefix(OPEN_CLIP)
         name = address.removeprefix(LOCAL) if address.startswith(LOCAL) else address.partition(":")[2]
     return Path(name) if name and Path(name).exists() else None
+
+
+def check_address(architecture: str, weights: str) -> None:
+    """Checks what follows `OPEN_CLIP` in a name: an architecture, and a tag of its weights or a file.
+
+    open_clip's own errors list all models.
+
+    Raises:
+        ValueError: open_clip does not have them.
+    """
+    import open_clip
+
+    known = open_clip.list_models()
+    if architecture not in known:
+        near = difflib.get_close_matches(architecture, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "open_clip.list_models() lists them"
+        raise ValueError(f"open_clip {open_clip.__version__} has no architecture {architecture!r}; {hint}")
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if weights.lower().replace("-", "_") not in tags and not Path(weights).is_file():
+        problem = f"{weights!r} is neither one of its tags nor a file" if weights else "no weights are given"
+        raise ValueError(
+            f"{OPEN_CLIP}{architecture}: {problem}; use {OPEN_CLIP}{architecture}:FILE or a tag after the colon: "
+            f"{', '.join(tags) or 'there are none'}"
+        )
 
 
 def local_hashes(names: Iterable[str]) -> dict[str, str]:

@@ -6,7 +6,6 @@ upright, converted to sRGB, on white), so that all models of a table see the sam
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from lotlip.core.files import sha256_files
 from lotlip.data.batches import in_batches
 from lotlip.data.images import decode_rgb, without_ends
-from lotlip.data.models import LOCAL, OPEN_CLIP
+from lotlip.data.models import LOCAL, check_address
 from lotlip.data.weights import check_finite, check_weights
 from lotlip.evaluate.encoders import ACCEPTED, Runner, preprocessing
 
@@ -205,7 +204,7 @@ class OpenClipEncoder:
         has_weights = address.startswith((LOCAL, _HUB))
         architecture, _, weights = (address, "", "") if has_weights else address.partition(":")
         if not has_weights:
-            _check_address(architecture, weights)
+            check_address(architecture, weights)
         with _loading(name):
             text = (open_clip.get_model_config(architecture) or {}).get("text_cfg", {})
             # A model's configuration could request running its tokenizer's code.
@@ -258,24 +257,6 @@ class OpenClipEncoder:
             "similarity": "cosine",
             **self._run.protocol("open_clip_torch", "timm", "torchvision"),
         }
-
-
-def _check_address(architecture: str, weights: str) -> None:
-    """Raises ValueError unless open_clip has the architecture and the weights; its own errors list all models."""
-    import open_clip
-
-    known = open_clip.list_models()
-    if architecture not in known:
-        near = difflib.get_close_matches(architecture, known, n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"open_clip has no architecture {architecture!r}{hint} ({ACCEPTED})")
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
-    if weights.lower().replace("-", "_") not in tags and not Path(weights).is_file():
-        problem = f"{weights!r} is neither one of its tags nor a file" if weights else "no weights are given"
-        raise ValueError(
-            f"{OPEN_CLIP}{architecture}: {problem}; use {OPEN_CLIP}{architecture}:FILE or a tag after the colon: "
-            f"{', '.join(tags) or 'there are none'}"
-        )
 
 
 def _state_hash(model: nn.Module) -> str:

@@ -34,19 +34,22 @@ def pretrained_tower(config: TransformersTowerConfig, on_progress: OnProgress | 
     return TowerResult(transformers_tower(config))
 
 
-def transformers_spec(config: TransformersTowerConfig, local_files_only: bool = True) -> ImageTowerSpec:
+def transformers_spec(
+    config: TransformersTowerConfig, local_files_only: bool = True, is_start: bool = False
+) -> ImageTowerSpec:
     """What `transformers_tower` builds. Pictures are prepared as the model's own processor does it.
 
     Args:
         config: section of params.yaml.
         local_files_only: whether only a folder and the hub's cache are read.
+        is_start: whether the tower is part of a starting model, whose settings cannot be changed.
 
     Raises:
         ValueError: the model or its processor is not found, it is of a type that cannot be an image tower, or the two
             have different image sizes and the settings have none.
     """
     options = _options(config) | {"local_files_only": local_files_only}
-    return _spec(config, _read_config(config, options), options)
+    return _spec(config, _read_config(config, options), options, is_start)
 
 
 def _read_config(config: TransformersTowerConfig, options: dict[str, Any]) -> PretrainedConfig:
@@ -65,7 +68,9 @@ def _read_config(config: TransformersTowerConfig, options: dict[str, Any]) -> Pr
         raise ValueError(f"image_tower.model {config.model} is neither {place}: {error}") from error
 
 
-def _spec(config: TransformersTowerConfig, whole: Any, options: dict[str, Any]) -> ImageTowerSpec:
+def _spec(
+    config: TransformersTowerConfig, whole: Any, options: dict[str, Any], is_start: bool = False
+) -> ImageTowerSpec:
     """What is built of a model with a configuration; see `transformers_spec`."""
     vision: Any = whole
     if whole.model_type in ("clip", "siglip", "siglip2"):  # the last one has an error of its own
@@ -80,13 +85,13 @@ def _spec(config: TransformersTowerConfig, whole: Any, options: dict[str, Any]) 
     if vision.model_type == CLIP and (vision is not whole or _PROJECTED in (whole.architectures or ())):
         kwargs["projection_dim"] = whole.projection_dim
     spec = ImageTowerSpec(vision.model_type, getattr(vision, "image_size", 224), kwargs=kwargs, library="transformers")
-    prepared = _prepared(spec, config, options)
+    prepared = _prepared(spec, config, options, is_start)
     # DINO is trained to interpolate its positions, and its processors differ from its configurations
     if vision.model_type in (CLIP, SIGLIP) and prepared.image_size != spec.image_size and config.image_size is None:
         raise ValueError(
-            f"image_tower.model {config.model} takes images of {spec.image_size} pixels, but its "
-            f"preprocessor_config.json prepares {prepared.image_size}; correct that file, or set "
-            "image_tower.image_size, for which positions are interpolated"
+            f"{_name(config, is_start)} takes images of {spec.image_size} pixels, but its preprocessor_config.json "
+            f"prepares {prepared.image_size}; correct that file"
+            + ("" if is_start else ", or set image_tower.image_size, for which positions are interpolated")
         )
     return with_settings(prepared, config)
 
@@ -139,7 +144,13 @@ def _plain(config: Any) -> dict[str, Any]:
     }
 
 
-def _prepared(spec: ImageTowerSpec, config: TransformersTowerConfig, options: dict[str, Any]) -> ImageTowerSpec:
+def _name(config: TransformersTowerConfig, is_start: bool) -> str:
+    return config.model if is_start else f"image_tower.model {config.model}"
+
+
+def _prepared(
+    spec: ImageTowerSpec, config: TransformersTowerConfig, options: dict[str, Any], is_start: bool
+) -> ImageTowerSpec:
     """The spec with the preprocessing of the model's processor.
 
     Raises:
@@ -153,8 +164,8 @@ def _prepared(spec: ImageTowerSpec, config: TransformersTowerConfig, options: di
         if None not in (config.mean, config.std, config.resize):
             return spec
         raise ValueError(
-            f"how image_tower.model {config.model} prepares images cannot be taken from its preprocessor_config.json "
-            f"({error}); set image_tower.mean, std and resize"
+            f"how {_name(config, is_start)} prepares images cannot be taken from its preprocessor_config.json "
+            f"({error}); " + ("restore or correct that file" if is_start else "set image_tower.mean, std and resize")
         ) from error
 
 

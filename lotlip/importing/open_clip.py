@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import CLIPTextConfig, PretrainedConfig, SiglipTextConfig
 
-from lotlip.data.models import LOCAL
+from lotlip.data.models import LOCAL, check_address
 from lotlip.data.plain_tokenizer import PlainTokenizer
 from lotlip.data.tokenizer import CLIP
 from lotlip.image_tower.config import OpenClipTowerConfig
@@ -40,8 +40,8 @@ def open_start(address: str, tokenizer: str | None = None) -> StartingModel:
     """
     local = address.startswith(LOCAL)
     architecture, _, source = (address, "", "") if local else address.partition(":")
-    if not source and not local:
-        raise ValueError(f"open_clip:{address} names no weights; use open_clip:{architecture}:TAG_OR_FILE")
+    if not local:
+        check_address(architecture, source)
     settings: dict[str, Any] = {"kind": "open_clip", "model": architecture}
     if local:
         tower = OpenClipTowerConfig(**settings)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from torch import Tensor
 
 from lotlip.data.plain_tokenizer import PlainTokenizer
-from lotlip.data.tokenizer import CLIP
+from lotlip.data.tokenizer import CLIP, TextTokenizer
 from lotlip.data.weights import read_any_weights
 from lotlip.importing import official
 from lotlip.importing.clip_names import text_weights
@@ -40,9 +41,7 @@ def open_start(file: Path, tokenizer: str | None = None) -> StartingModel:
     """
     weights = read_any_weights(file)
     if any(name.startswith("text.transformer.encoder.") for name in weights):
-        checkpoint = official.read_checkpoint(file)
-        words_name = tokenizer or "bert-base-uncased"
-        config, converted, words = official.convert(checkpoint, official.RELEASED_IMAGE_TOWER, {}, words_name)
+        config, converted, words = _lotlip(file, tokenizer or "bert-base-uncased")
         return StartingModel(str(file), config, words, lambda: converted)
     if missing := [
         name
@@ -74,6 +73,18 @@ def open_start(file: Path, tokenizer: str | None = None) -> StartingModel:
         logit_bias="logit_bias" in weights,
     )
     return StartingModel(str(file), config, words, lambda: _ours(weights))
+
+
+def _lotlip(file: Path, tokenizer: str) -> tuple[LotlipConfig, dict[str, Tensor], TextTokenizer]:
+    """Reads LoTLIP's released B/16."""
+    checkpoint = official.read_checkpoint(file)
+    try:
+        return official.convert(checkpoint, official.RELEASED_IMAGE_TOWER, {}, tokenizer)
+    except ValueError as error:  # its remedies are options of `import-official`
+        raise ValueError(
+            f"{file} is not like LoTLIP's released B/16; convert another LoTLIP model with `lotlip import-official "
+            f"{file}`, whose options describe it: {shorten(str(error), 400, placeholder=' …')}"
+        ) from error
 
 
 def _check_widths(file: Path, **widths: int) -> None:

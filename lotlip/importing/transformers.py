@@ -43,7 +43,7 @@ def open_start(
             )
         raise ValueError(f"{name} is a model of type {whole.model_type!r}, which cannot be a starting model: {remedy}")
     tower = TransformersTowerConfig(kind="transformers", model=name, revision=revision)
-    spec = transformers_spec(tower, local_files_only)
+    spec = transformers_spec(tower, local_files_only, is_start=True)
     words = _tokenizer(name, options, whole.text_config.max_position_embeddings, tokenizer)
     check_tokenizer(words, whole.model_type, whole.text_config.vocab_size, name)
     is_siglip = whole.model_type == "siglip"
