@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from lotlip.data.tokenizer import TextTokenizer
+from lotlip.data.weights import read_any_weights
 from lotlip.importing import official
 from lotlip.importing.official import (
     RELEASED_IMAGE_TOWER,
@@ -383,15 +384,35 @@ def test_a_checkpoint_that_needs_pickle_is_an_error(zipped, tmp_path, weights):
         read_checkpoint(save_checkpoint(tmp_path, content, _use_new_zipfile_serialization=zipped))
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"hello", b"version https://git-lfs.github.com/spec/v1\n", bytes(1000), b"PK\x03\x04" + bytes(100)]
-)
+@pytest.mark.parametrize("content", [b"", bytes(1000), b"PK\x03\x04" + bytes(100)])
 def test_a_file_that_is_not_a_checkpoint_is_an_error(content, tmp_path):
     (tmp_path / "model.pt").write_bytes(content)
     with pytest.raises(
         ValueError, match=rf"model.pt \({len(content)} bytes\) is incomplete or not a torch checkpoint .*download"
     ):
         read_checkpoint(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12", r"a text file that begins with 'version https:"),
+        (b"<!doctype html>\r\n", r"a text file that begins with '<!doctype html>'"),
+        (b"GGUF" + bytes(100), "a GGUF file"),
+        (b"\x08\x07\x12\x07pytorch" + bytes(100), "an ONNX model"),
+    ],
+)
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+def test_a_file_of_another_format_is_an_error_naming_it(name, content, kind, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} is {kind}.*, not a .*; name a file of weights"):
+        read_any_weights(tmp_path / name)
+
+
+def test_a_safetensors_file_is_recognised_without_its_suffix(tmp_path, weights):
+    save_file(weights, tmp_path / "model")
+    for found in (read_any_weights(tmp_path / "model"), read_checkpoint(tmp_path / "model").weights):
+        assert found.keys() == {name.removeprefix("module.") for name in weights}
 
 
 def test_a_truncated_checkpoint_is_an_error(imported, tmp_path):

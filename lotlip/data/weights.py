@@ -49,9 +49,8 @@ def read_any_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: the file is missing, damaged, not safe to read, or has something else than weights.
     """
-    if not path.is_file() or path.suffix == ".safetensors":
-        return read_weights(path)
-    content = load_checkpoint(path)
+    named = path.suffix == ".safetensors" or not path.is_file()
+    content: Any = read_weights(path) if named else load_checkpoint(path)
     for name in ("state_dict", "model", "module"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
@@ -62,7 +61,7 @@ def read_any_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_checkpoint(path: Path) -> Any:
-    """The content of a torch checkpoint, on the CPU; only tensors and plain types are read.
+    """The content of a torch checkpoint or safetensors file, on the CPU; only tensors and plain types are read.
 
     Raises:
         ValueError: the file is missing, damaged, or contains objects whose reading would run code.
@@ -71,6 +70,8 @@ def load_checkpoint(path: Path) -> Any:
 
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}; check the path")
+    if _is_safetensors(path):
+        return read_weights(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # problems that torch warns about raise an error below
             # a file in torch's older format is not a zip file and cannot be memory-mapped
@@ -89,6 +90,8 @@ def load_checkpoint(path: Path) -> Any:
                 f"{path} is a TorchScript archive, which contains code; save only the model's state_dict, or name "
                 "OpenAI's models as open_clip does, such as open_clip:ViT-B-16:openai"
             ) from error
+        if kind := _other_format(path):
+            raise ValueError(f"{path} is {kind}, not a torch checkpoint; {_OTHER_REMEDY}") from error
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) is incomplete or not a torch checkpoint that is safe to read; "
             "download it again if it is truncated"
@@ -125,9 +128,37 @@ def check_finite(weights: Iterable[tuple[str, Tensor]], place: object) -> None:
         )
 
 
-def _fault(path: Path, error: Exception) -> str:
+_OTHER_REMEDY = "name a file of weights in torch's or safetensors' format, or download it again if it should be one"
+
+
+def _start(path: Path) -> bytes:
     with path.open("rb") as file:
-        start = file.read(4)
+        return file.read(64)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as one of safetensors, whatever its name: with the length of its header, which is JSON."""
+    start = _start(path)
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size - 8
+
+
+def _other_format(path: Path) -> str | None:
+    """What a file is that has no weights in torch's or safetensors' format; None if its beginning does not show it."""
+    start = _start(path)
+    if start.startswith(b"GGUF"):
+        return "a GGUF file"
+    if start[:1] == b"\x08" and start[1:2] < b"\x20":  # the number of ONNX's version comes first
+        return "an ONNX model"
+    line = start.partition(b"\n")[0].strip()
+    if line and line.isascii() and line.decode().isprintable():
+        return f"a text file that begins with {line.decode()!r}"
+    return None
+
+
+def _fault(path: Path, error: Exception) -> str:
+    start = _start(path)
+    if kind := _other_format(path):
+        return f"is {kind}, not a safetensors file; {_OTHER_REMEDY}"
     if start[:2] == b"PK" or start[:1] == b"\x80":
         return (
             "is a torch checkpoint, not a safetensors file; convert it: safetensors.torch.save_file(torch.load(FILE, "
