@@ -177,6 +177,13 @@ def test_an_array_that_is_not_an_image_is_an_error(array):
         LotlipImageProcessor()(array)
 
 
+@pytest.mark.parametrize(("number", "what"), [(0, "empty"), (2, "a list of lists")])
+def test_what_is_not_a_list_of_images_is_an_error(processor, number, what):
+    images = [[Image.new("RGB", (4, 4))]] * number
+    with pytest.raises(ValueError, match=f"images is {what}; pass one image or a list of images"):
+        processor(images=images, text=["a dog"])
+
+
 def test_unreadable_bytes_are_an_error(processor):
     with pytest.raises(ValueError, match="not a readable image"):
         processor(images=b"not an image")

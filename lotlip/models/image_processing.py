@@ -71,13 +71,17 @@ class LotlipImageProcessor(BaseImageProcessor):
             kwargs: rejected, so that no option is silently ignored.
 
         Raises:
-            ValueError: an image cannot be read or is a web address, or an option is unknown.
+            ValueError: there is no image, one cannot be read or is a web address, or an option is unknown.
         """
         if kwargs:
             raise ValueError(
                 f"LotlipImageProcessor has no options {', '.join(kwargs)}; remove them, images are prepared as trained"
             )
-        rgb_images = self.fetch_images(images if isinstance(images, list | tuple) else [images])
+        images = images if isinstance(images, list | tuple) else [images]
+        if not images or any(isinstance(image, list | tuple) for image in images):
+            what = "a list of lists" if images else "empty"
+            raise ValueError(f"images is {what}; pass one image or a list of images")
+        rgb_images = self.fetch_images(images)
         transform = image_transform(
             self.image_size, self.image_mean, self.image_std, self.resize, self.interpolation, self.crop
         )
