@@ -13,9 +13,10 @@ from PIL import Image
 
 from lotlip.core.files import weights_hash
 from lotlip.data.images import decode_rgb
-from lotlip.evaluate.encoders import Runner
+from lotlip.evaluate.encoders import LotlipEncoder, Runner
 from lotlip.evaluate.models import open_encoder
 from lotlip.importing.official import import_official
+from lotlip.importing.start import open_start
 from tests.parity import IMAGE_TOWER, write_checkpoint, write_text_config
 from tests.test_processing import encoded, make_image
 from tests.tiny_baselines import (
@@ -170,6 +171,16 @@ def test_protocol_of_a_model_of_this_project(models):
     assert about["weights_sha256"] == weights_hash(models["official"])
     assert about["preprocessing"].startswith("shorter side to 160, bicubic, centre crop to 160, mean 0.48145466, ")
     assert about["model"] == str(models["official"])
+    assert about["text_preparation"] == "sub-captions joined by [SEP], cut at the context length"
+
+
+@pytest.mark.parametrize(
+    ("save", "preparation"),
+    [(save_clip, "cut at the context length"), (save_siglip, "cut at the context length, padded to it")],
+)
+def test_protocol_of_an_imported_model_names_no_sub_captions(save, preparation, tmp_path):
+    start = open_start(str(save(tmp_path / "theirs")))
+    assert LotlipEncoder(start.build(), start.tokenizer, 4).protocol()["text_preparation"] == preparation
 
 
 @pytest.mark.parametrize(

@@ -307,10 +307,18 @@ class LotlipEncoder:
             "context_length": self.model.config.context_length,
             "image_size": side,
             "preprocessing": preprocessing(*steps, spec.mean, spec.std),
-            "text_preparation": "sub-captions joined by [SEP], cut at the context length",
+            "text_preparation": _TEXT_PREPARATION[self.tokenizer.family],
             "similarity": self.model.config.similarity,
             **self._run.protocol("transformers", "timm", "pillow"),
         }
+
+
+# By the family of the tokenizer. Only BERT's marks sentence ends.
+_TEXT_PREPARATION = {
+    "bert": "sub-captions joined by [SEP], cut at the context length",
+    "clip": "cut at the context length",
+    "siglip": "cut at the context length, padded to it",
+}
 
 
 def _stacked(pictures: Sequence[np.ndarray]) -> Tensor:
