@@ -501,16 +501,11 @@ def test_programs_that_check_a_folder_together_lose_no_hash(tmp_path):
     names = [f"part-{number}" for number in range(8)]
     publish_some(out, **{name: name * 9 for name in names})
 
-    def check(name: str) -> None:
+    with ThreadPoolExecutor(len(names)) as pool:
         for _ in range(20):
             memory.unlink(missing_ok=True)
-            check_files(out, within=name, hash_cache=memory)
-
-    with ThreadPoolExecutor(len(names)) as pool:
-        list(pool.map(check, names))
-        memory.unlink(missing_ok=True)
-        list(pool.map(lambda name: check_files(out, within=name, hash_cache=memory), names))
-    assert sorted(read_json(memory)) == names
+            list(pool.map(lambda name: check_files(out, within=name, hash_cache=memory), names))
+            assert sorted(read_json(memory)) == names
 
 
 def test_check_files_ignores_a_folder_without_a_record(tmp_path):

@@ -210,7 +210,7 @@ def test_all_interfaces_of_the_model_tokenize_as_in_training(trained_model, tmp_
 @pytest.mark.slow
 def test_finetuning_uses_the_rule_of_its_own_shards(trained_model, tiny_world, tmp_path):
     folder, _ = trained_model
-    job = tiny_job(tiny_world, tmp_path, {"steps": 1, "text": {"context_length": 48, "pretrained": str(folder)}})
+    job = tiny_job(tiny_world, tmp_path, {"steps": 2, "text": {"context_length": 48, "pretrained": str(folder)}})
     assert load_model(train(job).model_folder(0))[1].sentence_ends == "released"
 
 

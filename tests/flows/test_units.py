@@ -59,6 +59,7 @@ def project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, without_pages: None
     change(lambda params: params.update(compute={"retries": 0, "retry_delay_seconds": 0}))
     change(lambda params: params["ingest"].update(partition_size=10))
     change(lambda params: params["ingest"]["source"].update(val_share=0, test_share=0))
+    change(lambda params: params["evaluate"].update(benchmarks={"urban-1k": {"folder": "data/urban"}}))
     return tmp_path
 
 
