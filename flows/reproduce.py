@@ -30,9 +30,8 @@ from lotlip.core.console import INTERRUPTED, answer_help
 from lotlip.core.cores import CORES, available_cores
 from lotlip.core.files import read_json, remove, remove_listed
 from lotlip.core.record import Record
-from lotlip.data.models import local_hashes
+from lotlip.data.models import STARTING_MODELS, local_hashes
 from lotlip.data.paths import check_inputs
-from lotlip.data.stage_record import STARTING_MODELS
 from lotlip.evaluate.config import baseline_hashes
 from lotlip.evaluate.records import BASELINE_SCORES, BASELINES, Baselines
 from lotlip.report.stored import FINDINGS, STORED_RESULTS, table_hash
@@ -74,17 +73,22 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]], pull: bool = False)
     check_inputs(params.inputs())
     if not params.caption.captioners:
         make_captions(params.paths.captions)
-    if not (dry := any(DRY in run for run in runs)):
-        remove_outdated_records(params)
-        remove_outdated_baselines(params)
-        remove_outdated_report(params)
+    dry = any(DRY in run for run in runs)
+    if remove_outdated_records(params, dry):
+        pull, runs = False, [[option for option in run if option != PULL] for run in runs]
+    remove_outdated_baselines(params, dry)
+    remove_outdated_report(params, dry)
     started, records = time.time(), _stage_records(params)
     # so that `python` in dvc.yaml is this interpreter
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    if current := is_up_to_date(runs):
-        print("Nothing has changed since the last run.")
     parallel = params.compute.parallel_stages
-    status = 0 if current else _repro(runs, os.environ) if dry else _run(runs, parallel, pull)
+    if dry:
+        status = _repro(runs, os.environ)
+    elif is_up_to_date(runs):
+        print("Nothing has changed since the last run.")
+        status = 0
+    else:
+        status = _run(runs, parallel, pull)
     seconds = time.time() - started
     if status:
         raise StageFailed("a stage failed (see above); fix the cause and run again: finished units are kept")
@@ -110,7 +114,7 @@ def make_captions(folder: Path) -> None:
         (folder / ".gitkeep").touch()
 
 
-def remove_outdated_records(params: Params) -> bool:
+def remove_outdated_records(params: Params, dry: bool = False) -> bool:
     """Removes the record of each stage whose starting model has changed since, so that DVC runs the stage again.
 
     DVC cannot watch the model: dvc.yaml cannot name a path that may be null. The trained models stay until new ones
@@ -118,6 +122,7 @@ def remove_outdated_records(params: Params) -> bool:
 
     Args:
         params: params.yaml of the project.
+        dry: only tell what would be removed.
 
     Returns:
         Whether there was one. `dvc repro --pull` would pull it instead of running the stage.
@@ -132,18 +137,20 @@ def remove_outdated_records(params: Params) -> bool:
         changed = [name for name, value in models.items() if hashes.get(name, value) != value]
         if changed:
             print(f"{', '.join(changed)} has changed, so {file.stem} runs again.")
-            remove(file, ours=is_stage_record)
             outdated = True
+            if not dry:
+                remove(file, ours=is_stage_record)
     return outdated
 
 
-def remove_outdated_baselines(params: Params) -> None:
+def remove_outdated_baselines(params: Params, dry: bool = False) -> None:
     """Removes the scores of baselines if a model's files have changed since, so that DVC runs their stage again.
 
     DVC cannot watch these files: dvc.yaml cannot name the paths in a list of models.
 
     Args:
         params: params.yaml of the project.
+        dry: only tell what would be removed.
     """
     file = params.paths.metrics / BASELINES / BASELINE_SCORES
     if not file.is_file():
@@ -152,16 +159,18 @@ def remove_outdated_baselines(params: Params) -> None:
     changed = [one.model for one in Baselines.load(file).models if hashes.get(one.model) != one.sha256]
     if changed:
         print(f"Changed since they were scored, so all baselines are scored again: {', '.join(changed)}")
-        remove_listed(file.parent)
+        if not dry:
+            remove_listed(file.parent)
 
 
-def remove_outdated_report(params: Params) -> None:
+def remove_outdated_report(params: Params, dry: bool = False) -> None:
     """Removes the report if the table of stored results has changed since, so that DVC runs its stage again.
 
     DVC cannot watch the table: dvc.yaml cannot name a path that may be null.
 
     Args:
         params: params.yaml of the project.
+        dry: only tell what would be removed.
     """
     file = params.paths.report / FINDINGS
     try:
@@ -170,7 +179,8 @@ def remove_outdated_report(params: Params) -> None:
         return
     if (shown or {}).get("sha256") != table_hash(params.report.stored_results) and file.is_file():
         print("The stored results have changed since the last report, so the report is written again.")
-        remove_listed(file.parent)
+        if not dry:
+            remove_listed(file.parent)
 
 
 def _run(runs: Sequence[Sequence[str]], parallel: int, pull: bool) -> int:

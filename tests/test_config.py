@@ -406,11 +406,6 @@ def test_an_image_tower_of_kind_start_needs_a_starting_model(tmp_path):
             {"pretrain": {"loss": {"initial_bias": -10}}},
             "pretrain.loss: objective infonce has no bias; set initial_bias to null",
         ),
-        (
-            {"ablations": {"short": {"steps": 49}}},
-            "ablations.short: optimizer.warmup_steps 50 is above steps 49, so no step would have the peak learning "
-            "rate; lower it",
-        ),
         *(
             (
                 {"ablations": {"none": weights}},
@@ -1029,6 +1024,16 @@ def test_sub_captions_that_add_long_texts_have_an_effect(tmp_path):
     assert params.ablation("mine").effective() != params.ablation("lotlip").effective()
 
 
+def test_a_warm_up_longer_than_the_training_is_a_warning(tmp_path):
+    def lines(**ablations: Any) -> list[str]:
+        warnings = load(tmp_path, {"ablations": ablations}).warnings
+        return [line for line in warnings if "warmup_steps" in line]
+
+    assert lines(short={"steps": 50}) == []
+    (line,) = lines(short={"steps": 49}, b={"steps": 3})
+    assert line.startswith("optimizer.warmup_steps is above steps in b, short, so that no step has the peak")
+
+
 def test_unpinned_hub_models_are_warnings(tmp_path):
     commit = "0123456789" * 4
     hub = {
@@ -1055,6 +1060,19 @@ def test_unpinned_hub_models_are_warnings(tmp_path):
     assert line.startswith("image_tower.weights openai is not pinned")
     hub["image_tower"]["checkpoint"] = "vit.pt"
     assert load(tmp_path, hub).warnings == []
+
+
+def test_a_start_may_not_be_a_model_that_training_replaces(tmp_path, monkeypatch):
+    """An ablation may start its text tower from another one."""
+    monkeypatch.chdir(tmp_path)
+    Path("models/lit/seed-0").mkdir(parents=True)
+    values = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    del values["pretrain"]["text"]["config"], values["pretrain"]["text"]["tokenizer"]
+    values["image_tower"], values["pretrain"]["start"] = {"kind": "start"}, "models/lit/seed-0"
+    with pytest.raises(ConfigError, match=r"pretrain\.start: models/lit/seed-0 overlaps with paths\.models"):
+        checked_params(values | {"ablations": {"lotlip": {}}, "finetune": {}, "reproduce": {}}, "params.yaml")
+    for folder in ("models/lit", str(tmp_path / "models/lit")):
+        load(tmp_path, {"pretrain": {"text": {"pretrained": folder}}})
 
 
 @pytest.mark.parametrize(

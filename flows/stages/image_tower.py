@@ -8,8 +8,7 @@ from prefect import flow
 
 from flows.runtime.stage import Stage, main
 from lotlip.config.params import load_params
-from lotlip.data.models import local_hashes
-from lotlip.data.stage_record import STARTING_MODELS
+from lotlip.data.models import STARTING_MODELS, local_hashes
 from lotlip.image_tower.config import StartTowerConfig
 from lotlip.models.vision.spec import START
 

@@ -18,11 +18,12 @@ from flows.runtime.processes import launch, run_group
 from flows.runtime.stage import Stage, check_input, hash_cache_of, hash_of, main
 from lotlip.config.params import load_params
 from lotlip.core.code import code_hash
-from lotlip.core.files import Damaged, atomic_write, check_model, sha256_json, sha256_tree, weights_hash
+from lotlip.core.files import Damaged, atomic_write, check_model, sha256_json, weights_hash
+from lotlip.core.paths import Paths
 from lotlip.data.index import INDEX_FILE, ShardIndex, read_index
-from lotlip.data.models import local_hashes
+from lotlip.data.models import STARTING_MODELS, local_hashes, model_hash
 from lotlip.data.remote_shards import check_same
-from lotlip.data.stage_record import STARTING_MODELS
+from lotlip.models.vision.spec import START
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.job import Job, Timing
 from lotlip.pretrain.order import subset_counts
@@ -41,10 +42,9 @@ def pretrain(ablation: str) -> None:
     """
     params = load_params()
     config, paths, compute = params.ablation(ablation), params.paths, params.training_compute(ablation)
-    data = hash_of(paths.shards / INDEX_FILE)
+    inputs = hash_inputs(config, paths)
     if compute.remote_shards:
         check_same(compute.remote_shards.url, paths.shards)
-    inputs = {"shards": data, "image_tower": hash_of(paths.image_tower / "model.safetensors")}
     starts = starting_weights(config)
     stage = Stage("pretrain", params, config.recipe(), {**inputs, **starts}, ablation)
     # DVC watches the model that an ablation of `finetune` starts from
@@ -60,7 +60,7 @@ def pretrain(ablation: str) -> None:
     run = Run(
         ablation=ablation,
         config=config.model_dump(mode="json"),
-        data_hash=data,
+        data_hash=inputs["shards"],
         git_commit=git_commit(),
         fingerprints={str(seed): fingerprint(seed) for seed in config.seeds},
     )
@@ -103,7 +103,7 @@ def pretrain(ablation: str) -> None:
         tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or tracking.uri,
         run_ids=runs,
         git_commit=run.git_commit,
-        data_hash=data,
+        data_hash=inputs["shards"],
     )
     job.write(job_file)
     if job.seeds:
@@ -149,6 +149,17 @@ def number_of_samples(available: int, subset: float | None) -> int:
     return int(subset_counts(np.array([available]), subset).sum())
 
 
+def hash_inputs(config: PretrainConfig, paths: Paths) -> dict[str, str]:
+    """Returns the hashes of the data and models that all ablations read, by name."""
+    hashes = {
+        "shards": hash_of(paths.shards / INDEX_FILE),
+        "image_tower": hash_of(paths.image_tower / "model.safetensors"),
+    }
+    if config.start:
+        hashes["start"] = model_hash(paths.image_tower / START)
+    return hashes
+
+
 def starting_weights(config: PretrainConfig) -> dict[str, str]:
     """Returns seed → hash of the model that it starts from; empty if weights are random or from a hub.
 
@@ -169,7 +180,7 @@ def starting_weights(config: PretrainConfig) -> dict[str, str]:
             raise ValueError(
                 f"text.pretrained {folder} has no weights (*.safetensors or *.bin); name the folder of a model"
             )
-        whole = sha256_tree(folder)
+        whole = model_hash(folder)
         hashes = {str(seed): hashes.get(str(seed), whole) for seed in models}
     return hashes
 

@@ -140,6 +140,11 @@ class Params(Section):
             if given.get(key) and all(key in config.ignored() for config in configs.values())
         ]
         lines += [line for name, config in configs.items() for line in self._ignored_settings(name, config, True)]
+        if cold := [name for name, config in configs.items() if config.optimizer.warmup_steps > config.steps]:
+            lines.append(
+                f"optimizer.warmup_steps is above steps in {', '.join(cold)}, so that no step has the peak learning "
+                "rate; lower it unless this is a trial"
+            )
         texts = [config.text for config in configs.values()]
         unpinned = dict.fromkeys(text.pretrained for text in texts if text.pretrained and not text.revision)
         lines += [f"text.pretrained {name} {pin}" for name in unpinned if self._on_hub(name)]
@@ -240,8 +245,10 @@ class Params(Section):
     def inputs(self) -> Iterator[tuple[str, Path]]:
         """The user's files and folders that stages read, each with its key in params.yaml."""
         yield from self.ingest.inputs()
+        models = self.paths.models.absolute()
         for key, name in (("start", self.pretrain.start), ("text.pretrained", self.pretrain.text.pretrained)):
-            if name and (path := local_model(name)) and self.paths.models not in path.parents:
+            # `text.pretrained` may be an ablation's folder
+            if name and (path := local_model(name)) and (key == "start" or models not in path.absolute().parents):
                 yield f"pretrain.{key}", path
         for name, captioner in self.caption.captioners.items():
             yield f"caption.captioners.{name}.path", captioner.path

@@ -586,14 +586,19 @@ def weights_hash(folder: Path) -> str:
     return sha256_files(files)
 
 
-def sha256_tree(path: Path) -> str:
+def sha256_tree(path: Path, skip: str | None = None) -> str:
     """One hash over a file, or over a folder's files and their relative paths, in hex.
 
     Hidden files and folders are skipped: tools leave them beside the data.
+
+    Args:
+        path: of the file or folder.
+        skip: a file of the folder that is not hashed.
     """
     if path.is_file():
         return sha256_files([path])
     files = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
+    files.pop(skip or "", None)
     shown = {name: file for name, file in files.items() if not any(part.startswith(".") for part in name.split("/"))}
     return sha256_json({name: sha256_files([file]) for name, file in shown.items()})
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from lotlip.core.files import sha256_tree
 
+# A stage's note with the hash of each starting model on this machine, by name. DVC does not watch them.
+STARTING_MODELS = "starting_models"
 OPEN_CLIP, LOCAL = "open_clip:", "local-dir:"  # prefixes of a model of open_clip, and of its folder
 
 
@@ -17,9 +19,10 @@ def local_model(name: str) -> Path | None:
     Args:
         name: as `lotlip.evaluate.models.open_encoder` or `lotlip.importing.start.open_start` takes it.
     """
-    if name.startswith(OPEN_CLIP):
-        address = name.removeprefix(OPEN_CLIP)
-        name = address.removeprefix(LOCAL) if address.startswith(LOCAL) else address.partition(":")[2]
+    if name.removeprefix(OPEN_CLIP).startswith(LOCAL):
+        name = name.removeprefix(OPEN_CLIP).removeprefix(LOCAL)
+    elif name.startswith(OPEN_CLIP):
+        name = name.removeprefix(OPEN_CLIP).partition(":")[2]
     return Path(name) if name and Path(name).exists() else None
 
 
@@ -47,6 +50,11 @@ def check_address(architecture: str, weights: str) -> None:
         )
 
 
+def model_hash(path: Path) -> str:
+    """The hash of a model's file or folder without its card, which users may edit."""
+    return sha256_tree(path, skip="README.md")
+
+
 def local_hashes(names: Iterable[str]) -> dict[str, str]:
     """The hash of the files of each model that is on this machine, by name."""
-    return {name: sha256_tree(place) for name in names if (place := local_model(name))}
+    return {name: model_hash(place) for name in names if (place := local_model(name))}

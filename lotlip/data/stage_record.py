@@ -7,9 +7,6 @@ from typing import Any
 from lotlip.core.checks import Check
 from lotlip.core.record import Record
 
-# the note with the hash of each starting model on this machine, by name: DVC does not watch them
-STARTING_MODELS = "starting_models"
-
 
 class StageRecord(Record):
     """Time, throughput and counts of a stage's last run, and what its gate checked.

@@ -596,11 +596,6 @@ class PretrainConfig(Section):
             raise ValueError(
                 "both towers are frozen, so nothing is trained; set text.frozen or image_tower.frozen to false"
             )
-        if self.optimizer.warmup_steps > self.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps {self.optimizer.warmup_steps} is above steps {self.steps}, so no step would "
-                "have the peak learning rate; lower it"
-            )
         loss, has_long_texts = self.loss, bool(self.long_texts.sub_captions)
         fraction = loss.short_loss_fraction if has_long_texts else None
         short_counts = loss.short_loss_weight > 0 and fraction != 0

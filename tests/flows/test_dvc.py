@@ -454,6 +454,22 @@ def test_a_dry_run_shows_stale_stages_and_starts_no_server(project):
     assert (project / "o1").read_text() == before and not (project / ".lotlip" / "reproduce.json").exists()
 
 
+def test_a_stage_with_a_replaced_start_is_not_pulled(tmp_path, monkeypatch):
+    """The remote has what it wrote from the former one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # which `reproduce` changes
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    params, seen = load_params(), []
+    for name in ("check_watched_parameters", "check_inputs"):
+        monkeypatch.setattr(f"flows.reproduce.{name}", lambda _: None)
+    monkeypatch.setattr("flows.reproduce.is_up_to_date", lambda _: False)
+    monkeypatch.setattr("flows.reproduce._run", lambda runs, parallel, pull: seen.append((runs, pull)) or 0)
+    for outdated in (False, True):
+        monkeypatch.setattr("flows.reproduce.remove_outdated_records", lambda *_, outdated=outdated: outdated)
+        reproduce(params, [["--pull", "s1"]], pull=True)
+    assert seen == [([["--pull", "s1"]], True), ([["s1"]], False)]
+
+
 @pytest.mark.parametrize("ran", [True, False])
 def test_only_a_run_that_ran_a_stage_is_recorded(tmp_path, monkeypatch, ran):
     monkeypatch.chdir(tmp_path)

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from flows.runtime.git import run_git
-from flows.stages.pretrain import git_commit, starting_weights
+from flows.stages.pretrain import git_commit, hash_inputs, starting_weights
 from flows.sweep.workspaces import Snapshot
 from lotlip.core.files import sha256_files
+from lotlip.core.paths import Paths
 from lotlip.pretrain.config import PretrainConfig
 
 
@@ -44,6 +45,21 @@ def test_of_an_ablation_only_the_weights_of_the_same_seed_count(tmp_path: Path):
     assert hashes(tmp_path / "lit") == before
     (files[1] / "model.safetensors").write_text("other weights")
     assert hashes(tmp_path / "lit")["0"] == before["0"] != hashes(tmp_path / "lit")["1"]
+
+
+def test_another_starting_model_is_another_input_also_with_the_same_image_tower(tmp_path: Path):
+    paths = Paths(shards=tmp_path / "shards", image_tower=tmp_path / "tower")
+    paths.shards.mkdir()
+    (paths.shards / "index.json").write_text("{}")
+    write(paths.image_tower, "model.safetensors")
+    whole = write(paths.image_tower / "start", "model.safetensors", "both towers")
+    config, alone = PretrainConfig(start="mine"), hash_inputs(PretrainConfig(), paths)
+    before = hash_inputs(config, paths)
+    assert {name: before[name] for name in alone} == alone and before.keys() - alone.keys() == {"start"}
+    (whole / "README.md").write_text("a note on the card")
+    assert hash_inputs(config, paths) == before
+    (whole / "model.safetensors").write_text("another text tower")
+    assert hash_inputs(config, paths)["start"] != before["start"]
 
 
 def test_a_folder_without_weights_is_an_error(tmp_path: Path):

@@ -25,9 +25,9 @@ from lotlip.core.caches import Locked
 from lotlip.core.files import RECORD, Damaged, ForeignFileError
 from lotlip.core.section import ConfigError
 from lotlip.core.stages import STAGES
-from lotlip.data.models import local_hashes
+from lotlip.data.models import STARTING_MODELS, local_hashes
 from lotlip.data.records import NonRetryableError, UnitReport
-from lotlip.data.stage_record import STARTING_MODELS, StageRecord
+from lotlip.data.stage_record import StageRecord
 from tests.test_record import STAGE
 from tests.workspace import Workspace
 
@@ -456,7 +456,12 @@ def test_a_stage_runs_again_after_its_starting_model_was_replaced(
 
     assert kept() == set(records)
     assert not capsys.readouterr().out
+    Path("mine/README.md").write_text("a note on the card")
+    assert kept() == set(records)
     weights.write_text("new")
+    assert remove_outdated_records(params, dry=True)
+    assert {file.stem for file in params.paths.stages.iterdir()} == set(records)
+    assert "mine has changed" in capsys.readouterr().out
     assert kept() == {"pretrain-b"}
     assert capsys.readouterr().out == "".join(
         f"mine has changed, so {name} runs again.\n" for name in ("image-tower", "pretrain-a")
