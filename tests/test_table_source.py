@@ -208,7 +208,7 @@ def test_a_stray_quote_costs_one_row(tmp_path, lines, bad, problem, size):
 
 
 def test_texts_of_several_lines_are_not_taken_for_stray_quotes(tmp_path):
-    texts = ["a dog\nruns, fast", "a\n\nb,c", "a, b\nc,d", '5" tall\n', '\n"']
+    texts = ["a dog\nruns, fast", "a\n\nb,c", "a, b\nc,d", '5" tall\n', '\n"', "A crowd\n1,000 balloons\nb.jpg,x"]
     rows = [["image", "caption"], *[[f"{number}.png", text] for number, text in enumerate(texts)]]
     path = write_csv(tmp_path / "t.csv", rows)
     assert [row.values[0] for row in open_table(path).rows(["caption"])] == texts

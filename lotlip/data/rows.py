@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, Protocol
 
 from lotlip.core.listing import files_with_endings
@@ -339,14 +339,12 @@ class CsvTable:
 
     def _are_rows(self, lines: Sequence[str], fields: list[str], width: int) -> bool:
         """Whether lines that quotes join to a record are no row of the header's width, or one each."""
-        return len(fields) != width > 0 or (width > 1 and all(self._is_row(line, width) for line in lines))
-
-    def _is_row(self, line: str, width: int) -> bool:
-        fields = self._unquoted_fields(line)
-        if isinstance(fields, csv.Error) or len(fields) != width:
-            return False
-        # a comma before a space is rather one within a text of several lines
-        return self._separator == "\t" or not any(text.startswith(" ") for text in fields[1:])
+        if len(fields) != width > 0:
+            return True
+        rows = [self._unquoted_fields(line) for line in lines]
+        split = [row for row in rows if isinstance(row, list) and len(row) == width]
+        # lines of a text may have as many separators, but no names alike
+        return width > 1 and len(split) == len(rows) and any(map(_are_alike, zip(*split, strict=True)))
 
     def _unquoted_fields(self, line: str) -> list[str] | csv.Error:
         try:
@@ -380,6 +378,24 @@ class CsvTable:
         except csv.Error as error:
             return error
         return fields if next(line, None) is not None else csv.Error("a quote is not closed at its end")
+
+
+def _are_alike(cells: Sequence[str]) -> bool:
+    """Whether the cells of a column are names of one kind: paths with one ending, or letters and digits alike.
+
+    >>> _are_alike(["a.jpg", "b/c.JPG"]), _are_alike(["img1", "img22"]), _are_alike(["1", "23"])
+    (True, True, True)
+    >>> _are_alike(["a.jpg", "1"]), _are_alike(["img1", "1"]), _are_alike(["dog", "cat"]), _are_alike(["a 1", "a 2"])
+    (False, False, False, False)
+    """
+    kinds = set()
+    for cell in cells:
+        name = cell.strip().strip('"').lower()
+        ending = PurePosixPath(name).suffix
+        letters = re.sub(r"[0-9]+", "0", re.sub(r"[^\W\d_]+", "a", name))
+        kind = ending or (letters if "0" in letters else "")
+        kinds.add(None if " " in kind else kind or None)
+    return len(kinds) == 1 and None not in kinds
 
 
 def _widths(fields: int, header: int) -> str:
