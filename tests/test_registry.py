@@ -107,7 +107,8 @@ def test_a_worse_model_does_not_replace_the_champion(tracker, settings):
 @pytest.mark.parametrize(
     ("before", "after", "changed"),
     [
-        ({}, {"data_hash": "e" * 16}, "the shards"),
+        ({}, {"data_hash": "e" * 16}, "the shards"),  # what the benchmarks are is not known
+        ({"benchmark.scenes": "1"}, {"benchmark.scenes": "1", "data_hash": "e" * 16}, ""),  # other training data
         ({"benchmark.scenes": "1"}, {"benchmark.scenes": "2"}, "benchmark scenes"),
         ({"benchmark.other": "1"}, {"benchmark.other": "2"}, ""),  # no metric of the gate
         ({}, {"benchmark.scenes": "2"}, ""),  # not known
