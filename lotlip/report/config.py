@@ -294,7 +294,8 @@ def _role_problems(findings: FindingsConfig, settings: Mapping[str, Mapping[str,
         first: dict[Any, str] = {}  # value → the first ablation that has it
         for name in dict.fromkeys(name for name in roles[role] if name in settings):
             value = settings[name].get(key)
-            if first.setdefault(value, name) != name:
+            # equal ablations are one setting: a change of `pretrain` may make the base equal to another one
+            if settings[first.setdefault(value, name)] != settings[name]:
                 problems.append(
                     f"findings.{role}: {first[value]} and {name} both have {key} {value}; keep the one that differs "
                     f"from the others only in {key}"
