@@ -149,8 +149,9 @@ def share_trial(name: str, snapshot: str, changes: Mapping[str, Any], target: st
     _push_data("--with-deps", target)
     _git("add", "dvc.lock", "params.yaml")
     tree = _git("write-tree").strip()
+    settings = {key: value for key, value in changes.items() if "." in key}  # the others are sections without ablations
     # as DVC does, the experiment follows the commit that it is based on, and contains what was not committed
-    commit = _git("commit-tree", tree, "-p", f"{snapshot}^", "-m", message_of(changes)).strip()
+    commit = _git("commit-tree", tree, "-p", f"{snapshot}^", "-m", message_of(settings)).strip()
     _git("push", "--quiet", "--force", "origin", f"{commit}:refs/heads/{TRIALS}/{name}")
 
 

@@ -11,13 +11,13 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from flows.runtime.processes import STORE_CLIENT, STORE_HOST
 from flows.runtime.scratch import SCRATCH
 from flows.runtime.supervisor import end_group, exit_on_signals, start_group
-from lotlip.core.caches import lock
+from lotlip.core.caches import Locked, lock
 from lotlip.core.compute import Launch, LocalLaunch, RendezvousLaunch
 from lotlip.core.console import INTERRUPTED
 from lotlip.core.files import read_json, remove, write_json
@@ -40,7 +40,12 @@ def announced(command: Sequence[str], settings: Launch) -> Iterator[None]:
     if isinstance(settings, LocalLaunch):
         yield
         return
-    with lock(SCRATCH / "locks" / "machines.lock", wait=True):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock(SCRATCH / "machines.lock"))
+        except Locked:
+            print("waiting for the end of another training on these machines", flush=True)
+            stack.enter_context(lock(SCRATCH / "machines.lock", wait=True))
         if not isinstance(settings, RendezvousLaunch):
             yield
             return

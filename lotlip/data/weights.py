@@ -147,7 +147,7 @@ def _other_format(path: Path) -> str | None:
     start = _start(path)
     if start.startswith(b"GGUF"):
         return "a GGUF file"
-    if start[:1] == b"\x08" and start[1:2] < b"\x20":  # the number of ONNX's version comes first
+    if start[:1] == b"\x08" and start[1:2] < b"\x20" and start[8:9] != b"{":  # the number of ONNX's version comes first
         return "an ONNX model"
     line = start.partition(b"\n")[0].strip()
     if line and line.isascii() and line.decode().isprintable():

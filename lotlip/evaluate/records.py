@@ -105,7 +105,7 @@ def made_with(config: EvaluateConfig, paths: Paths, captioners: Sequence[str], r
         data = [[unit.sha256 for unit in of if unit.name.startswith(f"{split}/")] for of in units or () if split]
         # a limit, which changes no score
         benchmark = settings.model_dump(mode="json", exclude_defaults=True, exclude={"max_unseen_tokens"})
-        hashes[name] = sha256_json([benchmark, config.precision, data])
+        hashes[name] = sha256_json([benchmark, config.precision, config.max_conditioned_pairs, data])
     return hashes
 
 
