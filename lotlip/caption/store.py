@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from lotlip.caption.captioners import Captioner
-from lotlip.core.caches import lock
+from lotlip.core.caches import cache_folder, lock
 from lotlip.core.files import read_json, sha256_files, sha256_json, write_json
 from lotlip.data.partitions import CAPTIONS, finished, read_captions, read_records, read_table, write_captions
 from lotlip.data.records import Caption, Failure, UnitReport
@@ -68,7 +68,8 @@ class CaptionStore:
     def describe(self) -> None:
         """Writes `about.json`, before partitions are captioned in parallel. Checkouts that share a store may do so."""
         file = self.folder / "about.json"
-        with lock(self.folder / "about.lock", wait=True):
+        name = sha256_json(str(self.folder.resolve()))[:16]
+        with lock(cache_folder() / f"captions-{name}.lock", wait=True):
             if not file.is_file() or read_json(file) != self.about:
                 write_json(file, self.about)
 
