@@ -372,7 +372,7 @@ def test_a_record_without_the_field_is_an_error(tmp_path, ending):
         ("a.csv", "title\n", r"a\.csv has no known text field.*there are: title"),
         ("a.csv", "key,text\nk,a\nl\n", r"a\.csv, line 3: it has 1 fields"),
         ("a.csv", 'text\na\n"b\nc\n', r"a\.csv, line 3: it cannot be read as CSV: a quote is not closed"),
-        ("a.csv", 'key,text\nk,"a\nl,b\nm,c"\n', r"a\.csv, line 2: it cannot be read as CSV: a stray quote joins"),
+        ("a.csv", 'key,text\nk1,"a\nl2,b\nm3,c"\n', r"a\.csv, line 2: it cannot be read as CSV: a stray quote joins"),
         ("a.tsv", "key\ttext\nk\ta\tb\n", r"a\.tsv, line 2: it has 3 fields, but the header has 2"),
         ("a.parquet", "no", r"a\.parquet cannot be read as Parquet"),
         ("a.md", "a dog", r"none of the endings \.csv, \.tsv, \.jsonl, \.jsonlines, \.json, \.parquet, \.txt"),
