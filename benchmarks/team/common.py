@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,19 @@ def wait_for_line(
         if ended or time.monotonic() > deadline:
             sys.exit(f"error: the log of {service} has no {text!r}{', and its program has ended' if ended else ''}")
         time.sleep(0.5)
+
+
+def create_project(team: Team, colleague: Colleague, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Creates a checkout with other parameters, pushes it to the branch main, and returns its folder."""
+    from tests.tiny_pipeline import change_params, copy_checkout
+
+    project = team.state / "project"
+    copy_checkout(project)
+    change_params(project, change)
+    run([sys.executable, "-m", "dvc", "init", "--quiet", "--no-scm", "--force"], project, colleague.environment)
+    (project / ".dvc" / "config").write_text("", encoding="utf-8")
+    publish(project, team, "main")
+    return project
 
 
 def log_of(team: Team, service: str) -> str:

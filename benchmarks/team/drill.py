@@ -10,9 +10,9 @@ from typing import Any
 from benchmarks.team.common import (
     RUN_SECONDS,
     Colleague,
+    create_project,
     expect,
     git,
-    publish,
     run,
     say,
     wait_for_line,
@@ -71,15 +71,10 @@ class Reproduction:
 
 def drill(team: Team) -> None:
     """The long scenario: reproductions through a restart of Postgres and the loss of a worker, and a wiped checkout."""
-    from tests.tiny_pipeline import change_params, copy_checkout, smallest
+    from tests.tiny_pipeline import smallest
 
     colleague = Colleague(team)
-    project = team.state / "project"
-    copy_checkout(project)
-    change_params(project, smallest)
-    run([sys.executable, "-m", "dvc", "init", "--quiet", "--no-scm", "--force"], project, colleague.environment)
-    (project / ".dvc" / "config").write_text("", encoding="utf-8")
-    publish(project, team, "main")
+    create_project(team, colleague, smallest)
 
     first = Reproduction(colleague, "first")
     wait_for_line(team, "worker-cpu", "Running stage")

@@ -13,10 +13,10 @@ from typing import Any
 from benchmarks.team.common import (
     SWEEP_SECONDS,
     Colleague,
+    create_project,
     expect,
     git,
     log_of,
-    publish,
     run,
     say,
     wait_for_line,
@@ -89,19 +89,14 @@ class Checkout:
 
 def sweep(team: Team) -> None:
     """Two machines share a sweep; one is lost, and its trial is finished by the other. Nobody trains it again."""
-    from tests.tiny_pipeline import change_params, copy_checkout, smallest
+    from tests.tiny_pipeline import smallest
 
     def short(params: dict[str, Any]) -> None:
         smallest(params)
         params["pretrain"]["steps"] = 12
 
     colleague = Colleague(team)
-    project = team.state / "project"
-    copy_checkout(project)
-    change_params(project, short)
-    run([sys.executable, "-m", "dvc", "init", "--quiet", "--no-scm", "--force"], project, colleague.environment)
-    (project / ".dvc" / "config").write_text("", encoding="utf-8")
-    publish(project, team, "main")
+    project = create_project(team, colleague, short)
     serve_git(team)
     git(project, "remote", "add", "origin", SOURCE)
     first = Checkout(team, colleague, project)
