@@ -259,38 +259,37 @@ def test_a_boolean_is_no_number(tmp_path, key, value, line):
     assert re.search(line, error)
 
 
-def test_no_number_of_any_section_takes_a_boolean():
-    """Neither alone nor in a list or mapping, also where another type is possible."""
+def fields_of_sections() -> list[tuple[type[Section], str, str]]:
+    """Every field of every section, with its type as text."""
     sections = [Section]
     for section in sections:
         sections += section.__subclasses__()
+    return [(one, name, str(field.annotation)) for one in sections for name, field in one.model_fields.items()]
+
+
+def test_no_number_of_any_section_takes_a_boolean():
+    """Neither alone nor in a list or mapping, also where another type is possible."""
     numbers = 0
-    for section in sections:
-        for name, field in section.model_fields.items():
-            kinds = str(field.annotation)
-            if re.search(r"\b(int|float)\b", kinds) and not re.search(r"\bbool\b|\bAny\b", kinds):
-                for value in (True, [True], {"name": True}):
-                    with pytest.raises(ValidationError) as caught:
-                        section.model_validate({name: value})
-                    assert name in {error["loc"][0] for error in caught.value.errors()}, (section, name, value)
-                numbers += 1
+    for section, name, kinds in fields_of_sections():
+        if re.search(r"\b(int|float)\b", kinds) and not re.search(r"\bbool\b|\bAny\b", kinds):
+            for value in (True, [True], {"name": True}):
+                with pytest.raises(ValidationError) as caught:
+                    section.model_validate({name: value})
+                assert name in {error["loc"][0] for error in caught.value.errors()}, (section, name, value)
+            numbers += 1
     assert numbers > 100
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_no_number_of_any_section_is_infinite(value):
     """Pydantic takes infinity for a number above 0, unless a section forbids it."""
-    sections = [Section]
-    for section in sections:
-        sections += section.__subclasses__()
     numbers = 0
-    for section in sections:
-        for name, field in section.model_fields.items():
-            if re.search(r"\bfloat\b", str(field.annotation)):
-                with pytest.raises(ValidationError) as caught:
-                    section.model_validate({name: value})
-                assert name in {error["loc"][0] for error in caught.value.errors()}, (section, name)
-                numbers += 1
+    for section, name, kinds in fields_of_sections():
+        if re.search(r"\bfloat\b", kinds):
+            with pytest.raises(ValidationError) as caught:
+                section.model_validate({name: value})
+            assert name in {error["loc"][0] for error in caught.value.errors()}, (section, name)
+            numbers += 1
     assert numbers > 50
 
 
